@@ -1,1 +1,43 @@
-"""Placeholder, see package modules."""
+"""The streaming video encoder: StreamFormer, its lift from SigLIP, and the interface to both.
+
+>>> from backbone import StreamformerModel, build_encoder
+>>> stream = build_encoder("streamformer:<folder or hub id>", window=64).stream()
+>>> features = stream.push(frame)            # frame (1, 3, H, W), normalised
+"""
+
+from transformers import AutoConfig, AutoModel
+
+from .cache import StreamingCache
+from .checkpoints import CheckpointError, lift_siglip, load_released
+from .configuration import StreamformerConfig
+from .encoders import (
+    EncoderStream,
+    FrameFeatures,
+    SiglipEncoder,
+    StreamformerEncoder,
+    VideoEncoder,
+    build_encoder,
+    register_encoder,
+)
+from .fusion import fuse
+from .modeling import StreamformerModel
+
+AutoConfig.register(StreamformerConfig.model_type, StreamformerConfig, exist_ok=True)
+AutoModel.register(StreamformerConfig, StreamformerModel, exist_ok=True)
+
+__all__ = [
+    "CheckpointError",
+    "EncoderStream",
+    "FrameFeatures",
+    "SiglipEncoder",
+    "StreamformerConfig",
+    "StreamformerEncoder",
+    "StreamformerModel",
+    "StreamingCache",
+    "VideoEncoder",
+    "build_encoder",
+    "fuse",
+    "lift_siglip",
+    "load_released",
+    "register_encoder",
+]

@@ -1,0 +1,439 @@
+"""The one interface that every downstream task sees: a frozen encoder of frames.
+
+The contract of :class:`VideoEncoder`, for third parties too: normalised frames in, and for every frame
+patch tokens after the encoder's final norm, one pooled embedding, and on request the tokens of inner
+layers, counted in the same way by all encoders (0 the embeddings, ``i`` the output of layer ``i``,
+``num_layers`` or -1 the last one before the final norm). ``encode`` takes whole clips, ``stream`` the
+frames as they come, and both give the same features. An image encoder sees each frame alone; a video
+encoder sees earlier frames too, never later ones.
+
+Another encoder joins by :func:`register_encoder`, or by an entry point of the group
+``streamformer.encoders`` in its own package; then ``build_encoder("its-kind:…")`` finds it, and every
+task of the suite runs with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import SiglipVisionModel
+
+from .cache import StreamingCache
+from .checkpoints import CheckpointError
+from .fusion import fuse
+from .modeling import StreamformerModel
+
+ENTRY_POINTS = "streamformer.encoders"
+
+
+@dataclass
+class FrameFeatures:
+    """Features of ``t`` frames of ``B`` clips or streams.
+
+    Attributes:
+        patch_tokens: ``(B, t, N, D)``, after the encoder's final norm.
+        frame_embeddings: ``(B, t, D)``, pooled, not normalised.
+        layers: tokens ``(B, t, N, D)`` of the layers asked for, by their number.
+    """
+
+    patch_tokens: Tensor
+    frame_embeddings: Tensor
+    layers: dict[int, Tensor] = field(default_factory=dict)
+
+
+class VideoEncoder(nn.Module, ABC):
+    """A frozen encoder of frames; subclasses implement :meth:`_features` and :meth:`settings`.
+
+    Attributes:
+        kind: what it is, the part of its spec before the colon.
+        name: the spec that it was built from.
+        embed_dim: width ``D`` of tokens and embeddings.
+        patch_size: side of a patch, in pixels.
+        image_size: side of the frames that it was trained on, in pixels.
+        num_layers: layers ``L``.
+        image_mean: mean to subtract from frames in [0, 1], per channel.
+        image_std: deviation to divide them by.
+    """
+
+    kind: str
+    name: str
+    embed_dim: int
+    patch_size: int
+    image_size: int
+    num_layers: int
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @torch.inference_mode()
+    def encode(self, clip: Tensor, layers: Sequence[int] = ()) -> FrameFeatures:
+        """Encode whole clips.
+
+        Args:
+            clip: normalised frames ``(B, T, 3, H, W)``, float.
+            layers: numbers of the layers whose tokens are wanted.
+
+        Raises:
+            ValueError: wrong shape or type, values that are not finite, no such layer.
+        """
+        return self._features(self._prepare(clip), None, self._layer_numbers(layers))
+
+    def stream(self, batch_size: int = 1, layers: Sequence[int] = ()) -> EncoderStream:
+        """Begin ``batch_size`` streams, whose features include the tokens of ``layers``."""
+        return EncoderStream(self, batch_size, self._layer_numbers(layers))
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the encoder's numbers, as JSON: kept beside every result."""
+
+    @abstractmethod
+    def _features(
+        self, frames: Tensor, memory: StreamingCache | None, layers: dict[int, int]
+    ) -> FrameFeatures:
+        """Encode ``(B, t, 3, H, W)``: whole clips, or the next frames of ``memory``'s streams.
+
+        ``layers`` maps each number as asked for to its place among ``L + 1`` hidden states.
+        """
+
+    def _new_memory(self, batch_size: int, height: int, width: int) -> StreamingCache | None:
+        """Memory for streams of frames of this size; None for an encoder that needs none."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder runs; frames are moved there."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type the encoder computes in; frames are cast to it."""
+        return next(self.parameters()).dtype
+
+    def train(self, mode: bool = True) -> VideoEncoder:
+        """Stay in eval mode: an encoder is frozen, also inside a model that trains."""
+        return super().train(False)
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """Digest of all weights: two encoders that share it give the same numbers."""
+        digest = hashlib.blake2b(digest_size=16)
+        for key, value in sorted(self.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _layer_numbers(self, layers: Sequence[int]) -> dict[int, int]:
+        count = self.num_layers + 1
+        for number in layers:
+            if not -count <= number < count:
+                raise ValueError(
+                    f"layer {number} of {self.name}: it has layers 0 (embeddings) to {self.num_layers}, "
+                    f"or -{count} to -1"
+                )
+        return {number: number % count for number in layers}
+
+    def _prepare(self, frames: Tensor) -> Tensor:
+        if frames.ndim != 5 or frames.shape[2] != 3 or 0 in frames.shape:
+            raise ValueError(
+                f"frames of shape {tuple(frames.shape)}; expected (B, T, 3, H, W), not empty"
+            )
+        if not frames.is_floating_point():
+            raise ValueError(
+                f"frames of type {frames.dtype}; expected normalised floats "
+                "(backbone.video.preprocess makes them of uint8 images)"
+            )
+        # On a GPU this test would wait for the device in every step.
+        if frames.device.type == "cpu" and not frames.isfinite().all():
+            broken = (~frames.isfinite()).flatten(2).any(2).nonzero()[0].tolist()
+            raise ValueError(
+                f"frame {broken[1]} of clip {broken[0]} holds NaN or infinity; mend or drop it "
+                "before the encoder"
+            )
+        return frames.to(self.device, self.dtype)
+
+
+class EncoderStream:
+    """Frames of one or more streams, one after the other; ``VideoEncoder.stream`` makes it.
+
+    Example:
+        >>> stream = build_encoder("streamformer:…", window=64).stream(batch_size=2)
+        >>> stream.push(frames)            # a frame for each stream, (2, 3, H, W)
+        >>> stream.push(chunk)             # several, (2, t, 3, H, W)
+        >>> stream.push(frame, rows=[1])   # only the second stream has a new frame, (1, 3, H, W)
+        >>> stream.reset(rows=[0])         # the first stream ends, another one takes its place
+    """
+
+    def __init__(self, encoder: VideoEncoder, batch_size: int, layers: dict[int, int]) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: a stream needs at least one row")
+        self.encoder, self.batch_size = encoder, batch_size
+        self._layers = layers
+        self._memory: StreamingCache | None = None
+        self._size: tuple[int, int] | None = None
+        self._seen = [0] * batch_size
+
+    @torch.inference_mode()
+    def push(self, frames: Tensor, rows: Sequence[int] | None = None) -> FrameFeatures:
+        """Encode the next frame or frames of all streams, or of the ``rows`` named.
+
+        Args:
+            frames: normalised, ``(B, 3, H, W)`` or ``(B, t, 3, H, W)``.
+            rows: the streams that these frames belong to, in this order; None for all.
+
+        Raises:
+            ValueError: another number of streams or another size of frames than the stream began
+                with, a wrong shape, or values that are not finite. The stream goes on unharmed.
+        """
+        frames = self.encoder._prepare(frames.unsqueeze(1) if frames.ndim == 4 else frames)
+        expected = self.batch_size if rows is None else len(rows)
+        if frames.shape[0] != expected:
+            raise ValueError(
+                f"frames for {frames.shape[0]} streams, expected {expected}; name the streams that have "
+                "new frames with rows=[...]"
+            )
+        size = (frames.shape[3], frames.shape[4])
+        if self._size is None:
+            self._memory = self.encoder._new_memory(self.batch_size, *size)
+            self._size = size
+        elif size != self._size:
+            raise ValueError(
+                f"frames of {size[0]} x {size[1]} pixels in a stream of {self._size[0]} x "
+                f"{self._size[1]}; resize them, or begin a new stream"
+            )
+        memory = self._memory
+        if memory is not None and rows is not None:
+            memory = memory.rows(rows)
+        features = self.encoder._features(frames, memory, self._layers)
+        for row in range(self.batch_size) if rows is None else rows:
+            self._seen[row] += frames.shape[1]
+        return features
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Begin anew, all streams or the ``rows`` named; others go on undisturbed."""
+        if rows is None:
+            self._size = self._memory = None
+        elif self._memory is not None:
+            self._memory.reset(rows)
+        for row in range(self.batch_size) if rows is None else rows:
+            self._seen[row] = 0
+
+    @property
+    def positions(self) -> list[int]:
+        """Frames that each stream has seen."""
+        return list(self._seen)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes kept between frames; 0 before the first one."""
+        return 0 if self._memory is None else self._memory.memory_bytes
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the streams need to go on elsewhere, as tensors that safetensors can write."""
+        size = self._size or (0, 0)
+        state = {"positions": torch.tensor(self._seen), "size": torch.tensor(size)}
+        if self._memory is not None:
+            state |= {f"memory.{key}": value for key, value in self._memory.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where the streams of ``state`` stood; the encoder must be the same.
+
+        Raises:
+            ValueError: a state of another batch size or of a differently made memory.
+        """
+        positions = state["positions"].tolist()
+        if len(positions) != self.batch_size:
+            raise ValueError(
+                f"the state holds {len(positions)} streams, this one has {self.batch_size}; "
+                f"begin it with stream(batch_size={len(positions)})"
+            )
+        size = tuple(state["size"].tolist())
+        memory = {
+            key.removeprefix("memory."): value
+            for key, value in state.items()
+            if key.startswith("memory.")
+        }
+        expected = self.encoder._new_memory(self.batch_size, *size) if all(size) else None
+        if (expected is None) != (not memory):
+            raise ValueError(f"the state was not saved by an encoder like {self.encoder.name}")
+        if memory:
+            restored = StreamingCache.from_state_dict(memory, device=self.encoder.device)
+            restored.must_match(expected)
+            self._memory = restored
+        else:
+            self._memory = None
+        self._size = size if all(size) else None
+        self._seen = positions
+
+
+class StreamformerEncoder(VideoEncoder):
+    """A StreamFormer, frozen; folded for inference unless ``fused=False``."""
+
+    kind = "streamformer"
+
+    def __init__(
+        self, model: StreamformerModel, name: str = "streamformer", fused: bool = True
+    ) -> None:
+        super().__init__()
+        self.name, self.fused = name, fused
+        self.model = fuse(model) if fused else model.eval().requires_grad_(False)
+        self.config = config = model.config
+        self.embed_dim, self.num_layers = config.hidden_size, config.num_hidden_layers
+        self.patch_size, self.image_size = config.patch_size, config.image_size
+
+    def settings(self) -> dict[str, Any]:
+        """See :meth:`VideoEncoder.settings`."""
+        config = self.config
+        return {
+            "kind": self.kind,
+            "weights": self.weights_digest,
+            "window": config.window,
+            "temporal_positions": config.temporal_positions,
+            "num_frames": config.num_frames,
+            "temporal_attention": config.temporal_attention,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def _new_memory(self, batch_size: int, height: int, width: int) -> StreamingCache:
+        grid = (height // self.patch_size, width // self.patch_size)
+        return self.model.new_cache(batch_size, grid)
+
+    def _features(
+        self, frames: Tensor, memory: StreamingCache | None, layers: dict[int, int]
+    ) -> FrameFeatures:
+        out = self.model(frames, past_key_values=memory, output_hidden_states=bool(layers))
+        inner = {number: out.hidden_states[place] for number, place in layers.items()}
+        return FrameFeatures(out.last_hidden_state, out.pooler_output, inner)
+
+
+class SiglipEncoder(VideoEncoder):
+    """A SigLIP image tower, frozen, that sees each frame alone."""
+
+    kind = "siglip"
+
+    def __init__(self, model: SiglipVisionModel, name: str = "siglip") -> None:
+        super().__init__()
+        self.name = name
+        self.model = model.eval().requires_grad_(False)
+        config = model.config
+        self.embed_dim, self.num_layers = config.hidden_size, config.num_hidden_layers
+        self.patch_size, self.image_size = config.patch_size, config.image_size
+
+    def settings(self) -> dict[str, Any]:
+        """See :meth:`VideoEncoder.settings`."""
+        return {
+            "kind": self.kind,
+            "weights": self.weights_digest,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def _features(
+        self, frames: Tensor, memory: StreamingCache | None, layers: dict[int, int]
+    ) -> FrameFeatures:
+        batch, count, _, height, width = frames.shape
+        out = self.model(
+            frames.flatten(0, 1),  # (B*t, 3, H, W)
+            interpolate_pos_encoding=(height, width) != (self.image_size, self.image_size),
+            output_hidden_states=bool(layers),
+        )
+
+        def per_clip(x: Tensor) -> Tensor:
+            return x.unflatten(0, (batch, count))
+
+        inner = {number: per_clip(out.hidden_states[place]) for number, place in layers.items()}
+        return FrameFeatures(per_clip(out.last_hidden_state), per_clip(out.pooler_output), inner)
+
+
+# -- building by name ---------------------------------------------------------------------------------
+
+Builder = Callable[..., VideoEncoder]
+_BUILDERS: dict[str, Builder] = {}
+
+
+def register_encoder(kind: str, builder: Builder) -> None:
+    """Let ``build_encoder("kind:source")`` call ``builder(source, window=…, temporal_positions=…)``.
+
+    ``window`` and ``temporal_positions`` are None unless asked for; an encoder without memory may
+    ignore them.
+
+    Raises:
+        ValueError: when the kind is taken.
+    """
+    if kind in _BUILDERS:
+        raise ValueError(f"encoder kind {kind!r} is registered already; choose another name")
+    _BUILDERS[kind] = builder
+
+
+def build_encoder(
+    spec: str,
+    *,
+    window: int | None = None,
+    temporal_positions: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> VideoEncoder:
+    """Build a frozen encoder from ``"kind:source"``.
+
+    Args:
+        spec: ``siglip:<folder or hub id>``, ``streamformer:<folder or hub id>``, or another
+            registered kind.
+        window: frames a frame may see; None keeps the checkpoint's. Image encoders see one frame
+            whatever the window.
+        temporal_positions: policy past the time table; None keeps the checkpoint's.
+        device: where it runs.
+        dtype: type it computes in.
+
+    Raises:
+        ValueError: no kind in the spec, or one that nobody registered.
+    """
+    kind, colon, source = spec.partition(":")
+    if not colon or not source:
+        raise ValueError(
+            f"encoder {spec!r} names no kind; write siglip:<folder or hub id> or "
+            "streamformer:<folder or hub id>"
+        )
+    builder = _BUILDERS.get(kind) or _third_party(kind)
+    encoder = builder(source, window=window, temporal_positions=temporal_positions)
+    encoder.name = spec
+    return encoder.requires_grad_(False).to(device, dtype).eval()
+
+
+def _third_party(kind: str) -> Builder:
+    found = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if kind not in found:
+        known = sorted(_BUILDERS.keys() | found.keys())
+        raise ValueError(
+            f"no encoder of kind {kind!r}; known are {', '.join(known)}. Add one with "
+            f"backbone.register_encoder, or by an entry point of the group {ENTRY_POINTS!r}"
+        )
+    return found[kind].load()
+
+
+def _build_siglip(source: str, window: int | None, temporal_positions: str | None) -> SiglipEncoder:
+    model, info = SiglipVisionModel.from_pretrained(source, output_loading_info=True)
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise CheckpointError(
+            f"{source} is not a whole SigLIP image tower: missing or misshapen "
+            f"{', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}"
+        )
+    return SiglipEncoder(model)
+
+
+def _build_streamformer(
+    source: str, window: int | None, temporal_positions: str | None
+) -> StreamformerEncoder:
+    fields = {"window": window, "temporal_positions": temporal_positions}
+    asked = {name: value for name, value in fields.items() if value is not None}
+    return StreamformerEncoder(StreamformerModel.from_pretrained(source, **asked))
+
+
+register_encoder("siglip", _build_siglip)
+register_encoder("streamformer", _build_streamformer)

@@ -1,0 +1,505 @@
+"""The streaming video encoder: SigLIP's vision transformer with causal attention through time.
+
+StreamFormer ("Learning Streaming Video Representation via Multitask Training", ICCV 2025, section 3)
+keeps an image encoder as it is and gives each layer a temporal branch in front, after TimeSformer's
+divided space-time attention:
+
+          frame 0      frame 1      frame 2
+         +---+---+    +---+---+    +---+---+
+         | a | b |    | a | b |    | a | b |      temporal: each patch with itself in earlier frames,
+         +---+---+    +---+---+    +---+---+                a0 <- a1 <- a2, b0 <- b1 <- b2
+         | c | d |    | c | d |    | c | d |      spatial:  the patches of one frame among themselves,
+         +---+---+    +---+---+    +---+---+                as in the image encoder
+
+A learned gate, tanh of one scalar per layer, lets the temporal branch in; at zero the layer is exactly
+the image layer. Only temporal attention looks across frames, and only backwards, so its keys and values
+are all that a stream must remember (`cache.py`), and a clip and the next frames of a stream run through
+the same ``forward``.
+
+Letters: B clips or streams, T frames, N patches of a frame (row-major over the grid), D width,
+A heads, d = D / A, S frames that may be seen, F rows of the time table. Tokens are frame-major,
+``(B, T, N, D)``, everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from .cache import StepPlan, StreamingCache, attendable
+from .configuration import StreamformerConfig
+
+
+@dataclass
+class StreamformerOutput(ModelOutput):
+    """What a forward pass returns.
+
+    Attributes:
+        last_hidden_state: patch tokens after the final norm, ``(B, T, N, D)``.
+        pooler_output: one embedding per frame, ``(B, T, D)``.
+        past_key_values: the stream's memory, when ``use_cache``.
+        hidden_states: embeddings and each layer's output, ``L + 1`` tensors ``(B, T, N, D)``, the last
+            one before the final norm, when ``output_hidden_states``.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    past_key_values: StreamingCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+# -- embeddings ---------------------------------------------------------------------------------------
+
+
+class PatchEmbeddings(nn.Module):
+    """Pixels to tokens: patches projected, plus where (position table) and when (time table)."""
+
+    def __init__(self, config: StreamformerConfig) -> None:
+        super().__init__()
+        self.patch_size, self.num_channels = config.patch_size, config.num_channels
+        self.grid = config.image_size // config.patch_size
+        width = config.hidden_size
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, width, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Parameter(torch.empty(1, self.grid**2, width))
+        self.time_embedding = (
+            nn.Parameter(torch.empty(1, config.num_frames, width))
+            if config.temporal_attention
+            else None
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: Tensor, time_rows: Tensor | None) -> Tensor:
+        """Embed ``(B, T, C, H, W)`` frames whose time-table rows are ``(B or 1, T)``."""
+        batch, frames = pixel_values.shape[:2]
+        grid = self.patch_embedding(pixel_values.flatten(0, 1))  # (B*T, D, h, w)
+        height, width = grid.shape[-2:]
+        tokens = grid.flatten(2).transpose(1, 2)  # (B*T, N, D)
+        tokens = self.dropout(tokens + self.positions(height, width))
+        tokens = tokens.unflatten(0, (batch, frames))  # (B, T, N, D)
+        if self.time_embedding is not None:
+            tokens = self.dropout(tokens + self.time_embedding[0, time_rows].unsqueeze(2))
+        return tokens
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Position table for a grid of ``height`` x ``width`` patches, ``(1, N, D)``.
+
+        Another grid than the trained one gets a bicubic resize to (height, width), in that order:
+        the released code swaps them and so scrambles every non-square frame.
+        """
+        if (height, width) == (self.grid, self.grid):
+            return self.position_embedding
+        table = self.position_embedding.float().unflatten(1, (self.grid, self.grid))
+        table = F.interpolate(
+            table.permute(0, 3, 1, 2), size=(height, width), mode="bicubic", antialias=True
+        )
+        return table.flatten(2).transpose(1, 2).to(self.position_embedding.dtype)
+
+
+def time_rows(config: StreamformerConfig, frames: Tensor, clip_length: int | None) -> Tensor:
+    """Row of the time table for each frame number, by the config's policy.
+
+    Args:
+        config: its ``temporal_positions`` and ``num_frames`` decide.
+        frames: frame numbers, any shape.
+        clip_length: frames of the whole clip; None in a stream, whose length nobody knows.
+
+    Raises:
+        ValueError: for ``nearest`` in a stream.
+    """
+    policy, rows = config.temporal_positions, config.num_frames
+    if policy == "hold":
+        return frames.clamp(max=rows - 1)
+    if policy in ("cycle", "reset"):
+        return frames % rows
+    if clip_length is None:
+        raise ValueError(
+            'temporal_positions="nearest" stretches the time table over a clip of known length and '
+            'cannot stream; load the model with temporal_positions="hold", "cycle" or "reset"'
+        )
+    return frames if clip_length <= rows else frames * rows // clip_length
+
+
+# -- attention ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """What a forward pass knows about time before its first layer.
+
+    Attributes:
+        mask: boolean, broadcastable to ``(B, T, S)``; None when nothing need be hidden.
+        is_causal: hide later frames without a mask (a whole clip, no window in its way).
+        cache: the stream's memory and ``step``, what this pass does to it; None for a clip.
+    """
+
+    mask: Tensor | None = None
+    is_causal: bool = False
+    cache: StreamingCache | None = None
+    step: StepPlan | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one projection for queries, keys and values, in this order."""
+
+    def __init__(self, config: StreamformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """Scaled dot-product attention over ``(rows, A, tokens, d)``."""
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        if self.config._attn_implementation != "eager":
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
+            )
+        scores = query @ key.transpose(-1, -2) * self.head_dim**-0.5  # (rows, A, tokens, keys)
+        if is_causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return F.dropout(scores.softmax(-1), dropout) @ value
+
+
+class SpatialAttention(Attention):
+    """The image encoder's attention: the patches of each frame among themselves."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Attend within frames, ``(B, T, N, D)`` to ``(B, T, N, D)``."""
+        batch, frames = tokens.shape[:2]
+        qkv = self.qkv(tokens).flatten(0, 1)  # (B*T, N, 3D)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        mixed = self.attend(*qkv, mask=None, is_causal=False)  # (B*T, A, N, d)
+        mixed = mixed.transpose(1, 2).flatten(2).unflatten(0, (batch, frames))
+        return self.dropout(self.out(mixed))
+
+
+class TemporalAttention(Attention):
+    """Each patch with itself in the frames it may see."""
+
+    def forward(self, tokens: Tensor, plan: TimePlan, layer: int) -> Tensor:
+        """Attend through time, ``(B, T, N, D)`` to ``(B, T, N, D)``."""
+        batch, _, patches, _ = tokens.shape
+        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = qkv.permute(3, 0, 2, 4, 1, 5)  # each (B, N, A, T, d)
+        mask = plan.mask
+        if plan.cache is not None:
+            key, value = plan.cache.extend(layer, plan.step, key, value)  # (B, N, A, S, d)
+        if mask is not None:
+            if mask.shape[0] > 1:  # streams at different positions: a mask for each (B, N) row
+                mask = mask[:, None].expand(-1, patches, -1, -1).flatten(0, 1)
+            mask = mask.unsqueeze(1)  # (1 or B*N, 1, T, S)
+        query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # (B*N, A, ., d)
+        mixed = self.attend(query, key, value, mask, plan.is_causal)  # (B*N, A, T, d)
+        mixed = mixed.transpose(1, 2).flatten(2).unflatten(0, (batch, patches))  # (B, N, T, D)
+        return self.dropout(self.out(mixed.transpose(1, 2)))
+
+
+# -- layers -------------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """Two linears around an activation."""
+
+    def __init__(self, config: StreamformerConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Transform tokens of any shape ``(…, D)``."""
+        return self.fc2(self.act(self.fc1(tokens)))
+
+
+def drop_path(branch: Tensor, rate: float, training: bool, shared: tuple[int, ...]) -> Tensor:
+    """Stochastic depth: drop a residual branch at random, one draw per row.
+
+    Args:
+        branch: ``(B, T, N, D)``.
+        rate: probability of dropping; kept rows are divided by ``1 - rate``.
+        training: dropped only then.
+        shared: dimensions along which one draw counts for all.
+    """
+    if not training or rate == 0.0:
+        return branch
+    shape = [1 if dim in shared else size for dim, size in enumerate(branch.shape)]
+    return branch * branch.new_empty(shape).bernoulli_(1 - rate).div_(1 - rate)
+
+
+class StreamformerLayer(GradientCheckpointingLayer):
+    """Temporal branch behind its gate, then the image encoder's layer."""
+
+    def __init__(self, config: StreamformerConfig, index: int) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.index = index
+        self.drop_path = config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1)
+        self.has_time = config.temporal_attention
+        if self.has_time:
+            self.temporal_norm = nn.LayerNorm(width, eps=eps)
+            self.temporal_attention = TemporalAttention(config)
+            self.temporal_dense = nn.Linear(width, width)
+            self.temporal_gate = nn.Parameter(torch.empty(()))
+        self.spatial_norm = nn.LayerNorm(width, eps=eps)
+        self.spatial_attention = SpatialAttention(config)
+        self.mlp_norm = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(config)
+
+    def forward(self, tokens: Tensor, plan: TimePlan) -> Tensor:
+        """One layer on ``(B, T, N, D)``."""
+        if self.has_time:
+            branch = self.temporal_attention(self.temporal_norm(tokens), plan, self.index)
+            branch = self.let_in(branch)
+            tokens = tokens + drop_path(branch, self.drop_path, self.training, shared=(1, 3))
+        branch = self.spatial_attention(self.spatial_norm(tokens))
+        tokens = tokens + drop_path(branch, self.drop_path, self.training, shared=(2, 3))
+        branch = self.mlp(self.mlp_norm(tokens))
+        return tokens + drop_path(branch, self.drop_path, self.training, shared=(1, 2, 3))
+
+    def let_in(self, branch: Tensor) -> Tensor:
+        """Project the temporal branch and pass it through its gate (folded away by ``fuse``)."""
+        if self.temporal_dense is None:
+            return branch
+        return self.temporal_gate.tanh() * self.temporal_dense(branch)
+
+
+class PoolingHead(nn.Module):
+    """SigLIP's pooling: a learned probe attends to the patches of one frame, then an MLP."""
+
+    def __init__(self, config: StreamformerConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.probe = nn.Parameter(torch.empty(1, 1, width))
+        self.attention = nn.MultiheadAttention(width, config.num_attention_heads, batch_first=True)
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Pool ``(B, T, N, D)`` to one embedding per frame, ``(B, T, D)``."""
+        batch, frames = tokens.shape[:2]
+        tokens = tokens.flatten(0, 1)  # (B*T, N, D)
+        probe = self.probe.expand(tokens.shape[0], -1, -1)
+        pooled = self.attention(probe, tokens, tokens, need_weights=False)[0].squeeze(1)  # (B*T, D)
+        pooled = pooled + self.mlp(self.layernorm(pooled))
+        return pooled.unflatten(0, (batch, frames))
+
+
+# -- the model ----------------------------------------------------------------------------------------
+
+
+class StreamformerModel(PreTrainedModel):
+    """The encoder: frames in, patch tokens and one embedding per frame out.
+
+    Example:
+        >>> model = StreamformerModel(StreamformerConfig(window=64)).eval()
+        >>> clip = torch.zeros(1, 16, 3, 224, 224)                        # (B, T, C, H, W)
+        >>> model(clip).pooler_output.shape                               # a clip
+        torch.Size([1, 16, 768])
+        >>> out = model(clip[:, :1], use_cache=True)                      # a stream: first frame,
+        >>> out = model(clip[:, 1:2], past_key_values=out.past_key_values)  # next frame
+    """
+
+    config_class = StreamformerConfig
+    base_model_prefix = "streamformer"
+    main_input_name = "pixel_values"
+    input_modalities = ("video",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["StreamformerLayer", "PoolingHead"]
+
+    def __init__(self, config: StreamformerConfig) -> None:
+        super().__init__(config)
+        self.embeddings = PatchEmbeddings(config)
+        self.layers = nn.ModuleList(
+            StreamformerLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head = PoolingHead(config)
+        if config.lora_rank:
+            from .lora import add_lora
+
+            add_lora(self, config.lora_rank)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fresh weights: normal with ``initializer_range``; gates and time table zero.
+
+        So a lifted image encoder starts as exactly that image encoder, frame by frame.
+        """
+        super()._init_weights(module)
+        if isinstance(module, PatchEmbeddings):
+            init.normal_(module.position_embedding, std=self.config.initializer_range)
+            if module.time_embedding is not None:
+                init.zeros_(module.time_embedding)
+        elif isinstance(module, StreamformerLayer) and module.has_time:
+            init.zeros_(module.temporal_gate)
+        elif isinstance(module, PoolingHead):
+            init.normal_(module.probe)
+        elif hasattr(module, "lora_B"):  # adapters start without effect
+            for linear in module.lora_B.values():
+                init.zeros_(linear.weight)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a model from a folder or a hub id, in this layout or in the released one.
+
+        Keyword arguments that name config fields (``window=64``) change them.
+        """
+        from .checkpoints import is_released, load_released
+
+        if kwargs.get("config") is None and is_released(pretrained_model_name_or_path, kwargs):
+            return load_released(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        past_key_values: StreamingCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> StreamformerOutput | tuple:
+        """Encode clips, or the next frames of streams.
+
+        Args:
+            pixel_values: frames ``(B, T, C, H, W)``, normalised; H and W multiples of the patch size.
+            past_key_values: memory of the streams so far; these frames come next.
+            use_cache: start a memory if there is none; implied by ``past_key_values``. Streaming is
+                inference: outputs carry no gradient then.
+            output_hidden_states: also return the tokens before and after each layer.
+            return_dict: False for a tuple.
+
+        Raises:
+            ValueError: wrong shape, or a stream that cannot go on as asked; the message says why.
+        """
+        batch, frames, grid = self._check(pixel_values)
+        streaming = use_cache or past_key_values is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not streaming):
+            cache = past_key_values
+            if streaming:
+                if cache is None:
+                    cache = self.new_cache(batch, grid, pixel_values.device)
+                self._check_stream(cache, batch, grid)
+                plan, rows = self._stream_plan(cache, frames, pixel_values.device)
+            else:
+                plan, rows = self._clip_plan(frames, pixel_values.device)
+            tokens = self.embeddings(pixel_values, rows)  # (B, T, N, D)
+            states = [tokens]
+            for layer in self.layers:
+                tokens = layer(tokens, plan)
+                if output_hidden_states:
+                    states.append(tokens)
+            if streaming:
+                cache.advance(frames)
+            tokens = self.post_layernorm(tokens)
+            output = StreamformerOutput(
+                last_hidden_state=tokens,
+                pooler_output=self.head(tokens),
+                past_key_values=cache,
+                hidden_states=tuple(states) if output_hidden_states else None,
+            )
+        return output.to_tuple() if return_dict is False else output
+
+    # -- time: which rows of the table, which frames may be seen ----------------------------------
+
+    def _clip_plan(self, frames: int, device: torch.device) -> tuple[TimePlan, Tensor | None]:
+        if not self.config.temporal_attention:
+            return TimePlan(), None
+        numbers = torch.arange(frames, device=device)
+        rows = time_rows(self.config, numbers[None], clip_length=frames)  # (1, T)
+        if not self.config.causal:
+            return TimePlan(), rows
+        if self.config.span is None or frames <= self.config.span:
+            return TimePlan(is_causal=frames > 1), rows
+        mask = attendable(numbers[None], numbers[None], self.config.window, self._segment)
+        return TimePlan(mask=mask), rows
+
+    def _stream_plan(
+        self, cache: StreamingCache, frames: int, device: torch.device
+    ) -> tuple[TimePlan, Tensor | None]:
+        if not self.config.temporal_attention:
+            return TimePlan(), None
+        numbers = torch.tensor(cache.positions)[:, None] + torch.arange(frames)  # (B, T)
+        rows = time_rows(self.config, numbers, clip_length=None).to(device)
+        step = cache.plan(frames)
+        return TimePlan(mask=step.mask, cache=cache, step=step), rows
+
+    @property
+    def _segment(self) -> int | None:
+        return self.config.num_frames if self.config.temporal_positions == "reset" else None
+
+    def new_cache(
+        self, batch_size: int, grid: tuple[int, int], device: torch.device | None = None
+    ) -> StreamingCache:
+        """Empty memory for ``batch_size`` streams of frames of ``grid`` = (h, w) patches."""
+        return StreamingCache(
+            num_layers=len(self.layers) if self.config.temporal_attention else 0,
+            batch_size=batch_size,
+            num_patches=grid[0] * grid[1],
+            num_heads=self.config.num_attention_heads,
+            head_dim=self.config.head_dim,
+            window=self.config.window,
+            segment=self._segment,
+            dtype=self.dtype,
+            device=self.device if device is None else device,
+        )
+
+    # -- edge -------------------------------------------------------------------------------------
+
+    def _check(self, pixel_values: Tensor) -> tuple[int, int, tuple[int, int]]:
+        shape, config = tuple(pixel_values.shape), self.config
+        if len(shape) != 5 or shape[2] != config.num_channels:
+            raise ValueError(
+                f"pixel_values has shape {shape}; expected (B, T, {config.num_channels}, H, W). A single "
+                "frame is (B, 1, C, H, W)"
+            )
+        if 0 in shape:
+            raise ValueError(f"pixel_values of shape {shape} is empty")
+        height, width = shape[3:]
+        if height % config.patch_size or width % config.patch_size:
+            raise ValueError(
+                f"frames of {height} x {width} pixels do not divide into patches of {config.patch_size}; "
+                "resize or crop them first (backbone.video.preprocess)"
+            )
+        return shape[0], shape[1], (height // config.patch_size, width // config.patch_size)
+
+    def _check_stream(self, cache: StreamingCache, batch: int, grid: tuple[int, int]) -> None:
+        if self.training:
+            raise ValueError("a stream needs model.eval(): in training, pass whole clips")
+        if self.config.temporal_attention and not self.config.causal:
+            raise ValueError(
+                "causal=False: a bidirectional model needs later frames and cannot stream; "
+                "pass whole clips, or load a causal model"
+            )
+        if cache.batch_size != batch:
+            raise ValueError(
+                f"{batch} frames for a memory of {cache.batch_size} streams; feed some of them through "
+                "past_key_values.rows([...]), or start a new stream"
+            )
+        if cache.num_patches != grid[0] * grid[1]:
+            raise ValueError(
+                f"frames of {grid[0]} x {grid[1]} patches in a stream that began with "
+                f"{cache.num_patches} patches; one stream has one resolution"
+            )
+        if (cache.window, cache.segment) != (self.config.window, self._segment):
+            raise ValueError(
+                f"the memory was made for window={cache.window}, segment={cache.segment} but the model "
+                f"has window={self.config.window}, segment={self._segment}; start a new stream"
+            )
