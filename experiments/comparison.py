@@ -1,0 +1,211 @@
+"""One config, several encoders, several seeds: the controlled comparison behind every task.
+
+A task says how one run is resolved and carried out; this file runs every encoder and seed in a
+folder of its own, ``DIR/<encoder>/seed<k>/``, and proves first that the resolved runs differ in the
+encoder alone. A finished run holds ``result.json`` beside the ``config.json`` that it belongs to;
+the next call takes it from there. A run of another config is set aside, never mixed in or lost.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.config import UserError, digest, flatten
+from experiments.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+ENCODER = "encoder"  # the one key under which resolved runs may differ
+ABSENT = "(absent)"
+
+
+class ComparisonError(RuntimeError):
+    """Runs that must be equal but for the encoder are not."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One encoder with one seed, resolved: ``config["encoder"]`` is all that names the encoder."""
+
+    label: str
+    seed: int
+    config: dict[str, Any]
+    folder: Path
+
+
+def encoder_labels(specs: Sequence[str]) -> dict[str, str]:
+    """Give each encoder spec a label that is a folder name and tells it from the others.
+
+    ``["siglip", "streamformer:/a/mine"]`` -> ``{"siglip": "siglip", "streamformer": …}``; where two
+    specs share a kind, the last part of each one's name is added: ``streamformer-mine``.
+
+    Raises:
+        UserError: the same spec twice, or two that cannot be told apart by name.
+    """
+    kinds = [spec.partition(":")[0] for spec in specs]
+    labels: dict[str, str] = {}
+    for spec, kind in zip(specs, kinds, strict=True):
+        name = spec.partition(":")[2].rstrip("/").rpartition("/")[2]
+        label = kind if kinds.count(kind) == 1 else f"{kind}-{name}" if name else kind
+        if label in labels:
+            raise UserError(
+                f"--encoders: {labels[label]!r} and {spec!r} would both be called {label!r}; "
+                "name each encoder once, in folders of different names"
+            )
+        labels[label] = spec
+    return labels
+
+
+def plan(
+    config: Mapping[str, Any],
+    encoders: Mapping[str, Mapping[str, Any]],
+    seeds: Iterable[int],
+    folder: Path,
+) -> list[Run]:
+    """Resolve every run: the config, the seed, and what describes the encoder, as JSON values.
+
+    Args:
+        config: the task's resolved config; it names no encoder.
+        encoders: label -> whatever decides this encoder's part of a run.
+        seeds: one run of each encoder per seed.
+        folder: runs lie in ``folder/<label>/seed<k>``.
+    """
+    if ENCODER in config:
+        raise UserError(
+            f"the config names an encoder ({config[ENCODER]!r}); a comparison runs one config with "
+            "several encoders: delete the key and use --encoders"
+        )
+    return [
+        Run(
+            label=label,
+            seed=seed,
+            config=json.loads(json.dumps({**config, "seed": seed, ENCODER: encoder})),
+            folder=folder / label / f"seed{seed}",
+        )
+        for seed in seeds
+        for label, encoder in encoders.items()
+    ]
+
+
+def config_difference(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Dotted keys, sorted, whose values are not the same in all of ``configs`` (label -> config).
+
+    Raises:
+        ComparisonError: a differing key does not belong to the encoder; the text has every label's
+            value.
+    """
+    differing = _differing(configs)
+    foreign = {key: values for key, values in differing.items() if not _is_encoder(key)}
+    if foreign:
+        raise ComparisonError(
+            "the runs differ in more than the encoder, so they cannot be compared: "
+            + _describe(foreign)
+        )
+    return sorted(differing)
+
+
+def _is_encoder(key: str) -> bool:
+    return key == ENCODER or key.startswith(f"{ENCODER}.")
+
+
+def _differing(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Dotted key -> name -> value, for the keys that are not equal under all names."""
+    flat = {name: flatten(config) for name, config in configs.items()}
+    values = {
+        key: {name: flat[name].get(key, ABSENT) for name in flat}
+        for key in sorted(set().union(*flat.values()))
+    }
+    return {
+        key: found
+        for key, found in values.items()
+        if any(value != next(iter(found.values())) for value in found.values())
+    }
+
+
+def _describe(differing: Mapping[str, Mapping[str, Any]]) -> str:
+    return "; ".join(
+        f"{key} is " + ", ".join(f"{value!r} ({name})" for name, value in values.items())
+        for key, values in differing.items()
+    )
+
+
+def run_all(
+    runs: Sequence[Run], run_one: Callable[[dict[str, Any], Path], dict[str, Any]]
+) -> tuple[dict[str, dict[int, dict[str, Any]]], list[str]]:
+    """Run, or take from an earlier call, every planned run.
+
+    Args:
+        runs: from ``plan``.
+        run_one: ``(resolved config, folder) -> outcome`` as JSON values. It is called again in the
+            same folder after an interruption and goes on from what it finds there.
+
+    Returns:
+        label -> seed -> outcome, and the keys in which the encoders' configs differ.
+
+    Raises:
+        ComparisonError: before anything runs, if the configs differ in more than the encoder.
+    """
+    difference = sorted(
+        {
+            key
+            for seed in {run.seed for run in runs}
+            for key in config_difference({r.label: r.config for r in runs if r.seed == seed})
+        }
+    )
+    outcomes: dict[str, dict[int, dict[str, Any]]] = {}
+    for number, run in enumerate(runs, start=1):
+        name = f"run {number} of {len(runs)}: {run.label}, seed {run.seed}"
+        outcomes.setdefault(run.label, {})[run.seed] = _run_or_resume(run, run_one, name)
+    return outcomes, difference
+
+
+def _run_or_resume(
+    run: Run, run_one: Callable[[dict[str, Any], Path], dict[str, Any]], name: str
+) -> dict[str, Any]:
+    _set_aside_if_stale(run)
+    result_file = run.folder / "result.json"
+    if result_file.is_file():
+        result = read_json(result_file)
+        if result["digest"] != digest(run.config):
+            raise ComparisonError(
+                f"{result_file} does not belong to the config.json beside it "
+                f"(digest {result['digest']}, not {digest(run.config)}); delete the folder"
+            )
+        logger.info("%s: finished earlier, read from %s", name, result_file)
+        return result["outcome"]
+    logger.info("%s", name)
+    write_json(run.folder / "config.json", run.config)
+    start = time.perf_counter()
+    outcome = run_one(run.config, run.folder)
+    seconds = round(time.perf_counter() - start, 3)
+    write_json(
+        result_file, {"digest": digest(run.config), "wall_seconds": seconds, "outcome": outcome}
+    )
+    return outcome
+
+
+def _set_aside_if_stale(run: Run) -> None:
+    """Rename the folder of a run of another config, and say in what it differs."""
+    config_file = run.folder / "config.json"
+    if not config_file.is_file():
+        return
+    found = read_json(config_file)
+    differing = _differing({"there": found, "now": run.config})
+    if not differing:
+        return
+    name = f"{run.folder.name}.{digest(found)}"
+    taken = len(list(run.folder.parent.glob(f"{name}*")))
+    aside = run.folder.with_name(f"{name}.{taken}" if taken else name)
+    run.folder.rename(aside)
+    logger.warning(
+        "%s held a run of another config, now set aside as %s: %s",
+        run.folder,
+        aside.name,
+        _describe(differing),
+    )

@@ -1,0 +1,457 @@
+"""From the outcomes of a comparison to its report: JSON, Markdown, a picture, a terminal table.
+
+Statistics. Each metric is summarised per encoder by the mean and the sample standard deviation
+(n - 1) over seeds. Encoders are compared by the differences of runs with equal seeds; their mean
+has the 95 % interval ``mean ± t(0.975, n - 1) * s / sqrt(n)`` of Student's t for paired samples. It
+covers what seeds change (initial weights of the head, order of the data) and nothing else: encoders
+and data are the same in all runs. With one seed there is no spread: ``std``, ``low``, ``high`` are
+null.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.files import replacing, write_json, write_text
+
+# Okabe-Ito colours: told apart on paper and by the colour-blind. Others take what is left.
+COLOURS = {"siglip": "#7a8ca0", "image": "#d9a441", "streamformer": "#0072b2"}
+SPARE_COLOURS = ("#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+INK, FAINT = "#22272e", "#c9ced6"
+
+Outcomes = Mapping[str, Mapping[int, Mapping[str, Any]]]  # label -> seed -> outcome of one run
+
+
+def summarise(outcomes: Outcomes, field: str = "metrics") -> dict[str, dict[str, Any]]:
+    """Per label and metric ``{"mean", "std", "seeds"}``; ``seeds`` lists values by seed.
+
+    Raises:
+        ValueError: runs report different metrics, or one is not a finite number.
+    """
+    return {
+        label: {
+            metric: _summary([float(run[field][metric]) for _, run in sorted(by_seed.items())])
+            for metric in _common_metrics(label, by_seed, field)
+        }
+        for label, by_seed in outcomes.items()
+    }
+
+
+def paired_difference(
+    better: Sequence[float], base: Sequence[float]
+) -> dict[str, float | list[float] | None]:
+    """Mean of ``better - base`` over runs of equal seed with its 95 % interval (Student's t)."""
+    differences = [a - b for a, b in zip(better, base, strict=True)]
+    mean = statistics.fmean(differences)
+    low = high = None
+    if len(differences) > 1:
+        from scipy.stats import t
+
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+        reach = float(t.ppf(0.975, len(differences) - 1)) * error
+        low, high = mean - reach, mean + reach
+    return {"mean": mean, "low": low, "high": high, "seeds": differences}
+
+
+def build_report(
+    *,
+    task: str,
+    title: str,
+    data: str,
+    outcomes: Outcomes,
+    pair: tuple[str, str],
+    config: Mapping[str, Any],
+    config_difference: Sequence[str],
+    environment: Mapping[str, Any],
+    wall_seconds: float,
+    details: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The whole report as JSON values.
+
+    Args:
+        task: the verb, such as ``"oad"``.
+        title: one line for people.
+        data: name of the data set.
+        outcomes: label -> seed -> ``{"metrics": {name: points}, "per_class": {name: points}}``.
+        pair: the two labels that ``difference`` compares: first minus second.
+        config: the config that all runs share.
+        config_difference: keys in which the encoders' resolved configs differ.
+        environment: from ``experiments.environment``.
+        wall_seconds: how long this call took, caches included.
+        details: what else belongs into the report of this task. The Markdown shows ``notes``
+            (texts), ``chance`` (metric -> level of a guess), ``command``, ``encoders``
+            (label -> settings) and ``probe`` (label -> what -> number).
+    """
+    metrics, per_class = summarise(outcomes), summarise(outcomes, "per_class")
+    seeds = sorted({seed for by_seed in outcomes.values() for seed in by_seed})
+    better, base = pair
+    others = [label for label in outcomes if label not in pair]
+    return {
+        "task": task,
+        "title": title,
+        "data": data,
+        "seeds": seeds,
+        "metrics": metrics,
+        "difference_of": f"{better} - {base}",
+        "difference": _differences(metrics, better, base),
+        "other_differences": {
+            f"{better} - {other}": _differences(metrics, better, other) for other in others
+        },
+        "per_class": per_class if all(per_class.values()) else {},
+        **details,
+        "config": dict(config),
+        "config_difference": list(config_difference),
+        "environment": dict(environment),
+        "wall_seconds": round(wall_seconds, 1),
+    }
+
+
+def write_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Write ``report.json``, ``report.md`` and ``report.png`` into ``folder``, each atomically."""
+    with replacing(folder / "report.png") as temporary:
+        plot(report, temporary)
+    write_text(folder / "report.md", to_markdown(report))
+    write_json(folder / "report.json", report)
+
+
+def to_text(report: Mapping[str, Any]) -> str:
+    """The main table for a terminal, columns aligned."""
+    header, *rows = _table(report)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        return "  ".join([first, *(cell.strip().rjust(len(cell)) for cell in others)])
+
+    rule = "-" * len(line(header))
+    return "\n".join([report["title"], rule, line(header), rule, *map(line, rows), rule])
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """The report for people: what was compared, the table, classes, how it was obtained."""
+    header, *rows = _table(report)
+    parts = [
+        f"# {report['title']}",
+        _sentence(report),
+        _markdown_table(header, rows),
+        "Mean ± standard deviation over seeds, in points. " + _interval_note(report),
+        "![bars of the metrics and average precision by class](report.png)",
+        *(f"- {note}" for note in report.get("notes", [])),
+    ]
+    if report["per_class"]:
+        parts += ["## By class", _markdown_table(*_class_table(report))]
+    if report.get("probe"):
+        parts += ["## What the frozen encoders know", _markdown_table(*_probe_table(report))]
+    parts += [
+        "## How it was obtained",
+        f"- data: {report['data']}; seeds: {', '.join(map(str, report['seeds']))}; "
+        f"wall time of the last call: {report['wall_seconds']} s",
+        f"- command: `{report['command']}`" if report.get("command") else "",
+        "- the resolved configs differ in: "
+        + (", ".join(f"`{key}`" for key in report["config_difference"]) or "nothing"),
+        *(
+            f"- {label}: " + ", ".join(f"{key} `{value}`" for key, value in settings.items())
+            for label, settings in report.get("encoders", {}).items()
+        ),
+        "",
+        _markdown_table(
+            ["environment", ""],
+            [[key, "-" if v is None else str(v)] for key, v in report["environment"].items()],
+        ),
+    ]
+    return _join_markdown(parts)
+
+
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    """Bars with one dot per seed for each metric, and average precision by class."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style = {
+        "font.size": 10,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": FAINT,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    classes = _classes_by_gain(report)
+    height = max(4.6, 1.6 + 0.3 * len(classes))
+    with pyplot.rc_context(style):
+        figure, axes = pyplot.subplots(
+            1,
+            2 if classes else 1,
+            figsize=(12.5 if classes else 6.5, height),
+            width_ratios=[1, 1.1] if classes else [1],
+            squeeze=False,
+            layout="constrained",
+        )
+        try:
+            figure.suptitle(
+                report["title"], x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK
+            )
+            _plot_metrics(axes[0, 0], report)
+            if classes:
+                _plot_classes(axes[0, 1], report, classes)
+            figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12, wspace=0.03)
+            figure.savefig(path, dpi=150, facecolor="white")
+        finally:
+            pyplot.close(figure)
+
+
+def _common_metrics(label: str, by_seed: Mapping[int, Mapping[str, Any]], field: str) -> list[str]:
+    found = {seed: run.get(field, {}) for seed, run in by_seed.items()}
+    names = list(next(iter(found.values())))
+    for seed, values in found.items():
+        if list(values) != names:
+            raise ValueError(
+                f"{label}: the runs report different {field}: {list(values)} with seed {seed}, "
+                f"{names} with the first; delete that run's folder and run again"
+            )
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{label}, seed {seed}: {field} {name} is {value}, not a number")
+    return names
+
+
+def _summary(values: list[float]) -> dict[str, Any]:
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "seeds": values}
+
+
+def _differences(metrics: Mapping[str, Any], better: str, base: str) -> dict[str, Any]:
+    return {
+        metric: paired_difference(value["seeds"], metrics[base][metric]["seeds"])
+        for metric, value in metrics[better].items()
+        if metric in metrics[base]
+    }
+
+
+def _table(report: Mapping[str, Any]) -> list[list[str]]:
+    """Header and one row per encoder, then chance and the difference, as texts."""
+    metrics = report["metrics"]
+    names = list(next(iter(metrics.values())))
+    rows = [["encoder", *names]]
+    rows += [
+        [label, *(_spread(values[name]) for name in names)] for label, values in metrics.items()
+    ]
+    chance = report.get("chance", {})
+    if chance:
+        rows.append(["chance", *(_number(chance.get(name)) for name in names)])
+    for title, difference in _all_differences(report).items():
+        rows.append([title, *(_interval(difference.get(name)) for name in names)])
+    return rows
+
+
+def _all_differences(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {report["difference_of"]: report["difference"], **report["other_differences"]}
+
+
+def _class_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    labels = list(report["per_class"])
+    rows = [
+        [name, *(_spread(report["per_class"][label][name]) for label in labels), f"{gain:+.1f}"]
+        for name, gain in _classes_by_gain(report)
+    ]
+    return ["class", *labels, report["difference_of"]], rows
+
+
+def _probe_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    probe = report["probe"]
+    columns = list(dict.fromkeys(name for values in probe.values() for name in values))
+    rows = [[label, *(_number(values.get(c)) for c in columns)] for label, values in probe.items()]
+    return ["linear probe", *columns], rows
+
+
+def _classes_by_gain(report: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Classes with the gain of the pair's first encoder over its second, largest gain first."""
+    better, base = report["difference_of"].split(" - ")
+    per_class = report["per_class"]
+    gains = {
+        name: value["mean"] - per_class[base][name]["mean"]
+        for name, value in per_class.get(better, {}).items()
+        if name in per_class.get(base, {})
+    }
+    return sorted(gains.items(), key=lambda item: -item[1])
+
+
+def _sentence(report: Mapping[str, Any]) -> str:
+    better, base = report["difference_of"].split(" - ")
+    metric, value = next(iter(report["difference"].items()))
+    verb = "ahead of" if value["mean"] >= 0 else "behind"
+    return (
+        f"**{better} is {abs(value['mean']):.1f} points of {metric} {verb} {base}**"
+        + (f" (95 % interval {value['low']:+.1f} to {value['high']:+.1f})" if _has(value) else "")
+        + ", with the same head, the same data and the same training."
+    )
+
+
+def _interval_note(report: Mapping[str, Any]) -> str:
+    if len(report["seeds"]) == 1:
+        return "One seed was run, so there is neither spread nor interval."
+    return (
+        "Differences are of runs with equal seed, with the 95 % interval of Student's t; it covers "
+        "what the seed of the head changes, as encoders and data are the same in all runs."
+    )
+
+
+def _spread(value: Mapping[str, Any]) -> str:
+    return f"{value['mean']:.1f}" + ("" if value["std"] is None else f" ± {value['std']:.1f}")
+
+
+def _interval(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    interval = f" [{value['low']:+.1f}, {value['high']:+.1f}]" if _has(value) else ""
+    return f"{value['mean']:+.1f}{interval}"
+
+
+def _has(value: Mapping[str, Any]) -> bool:
+    return value["low"] is not None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _join_markdown(parts: Sequence[str]) -> str:
+    """Blank lines between blocks, none between the items of a list."""
+    text = ""
+    previous = ""
+    for part in filter(None, parts):
+        tight = part.startswith("- ") and previous.startswith("- ")
+        text += ("\n" if tight else "\n\n" if text else "") + part
+        previous = part
+    return text + "\n"
+
+
+def _colours(labels: Sequence[str]) -> dict[str, str]:
+    spare = iter(SPARE_COLOURS * (1 + len(labels)))
+    return {label: COLOURS.get(label) or next(spare) for label in labels}
+
+
+def _plot_metrics(axes: Any, report: Mapping[str, Any]) -> None:
+    metrics = report["metrics"]
+    names = list(next(iter(metrics.values())))
+    colours = _colours(list(metrics))
+    width = 0.8 / len(metrics)
+    for place, (label, values) in enumerate(metrics.items()):
+        for group, name in enumerate(names):
+            x = group + (place - (len(metrics) - 1) / 2) * width
+            mean, seeds = values[name]["mean"], values[name]["seeds"]
+            axes.bar(
+                x,
+                mean,
+                width * 0.92,
+                color=colours[label],
+                label=label if group == 0 else None,
+                zorder=2,
+            )
+            step = width * 0.36 / max(len(seeds) - 1, 1)
+            spread = [x + (k - (len(seeds) - 1) / 2) * step for k in range(len(seeds))]
+            axes.scatter(
+                spread, seeds, s=22, color="white", edgecolors=INK, linewidths=0.9, zorder=4
+            )
+            axes.annotate(
+                f"{mean:.1f}",
+                (x, max(mean, *seeds)),
+                xytext=(0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontweight="bold",
+            )
+    for group, name in enumerate(names):
+        level = report.get("chance", {}).get(name)
+        if level is not None:
+            axes.plot(
+                [group - 0.46, group + 0.46],
+                [level, level],
+                color=INK,
+                linestyle=(0, (4, 3)),
+                linewidth=1.2,
+                label="chance" if group == 0 else None,
+                zorder=3,
+            )
+    axes.set_xticks(range(len(names)), [report.get("titles", {}).get(n, n) for n in names])
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylabel("points")
+    axes.margins(y=0.12)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6, zorder=0)
+    axes.set_title(_subtitle(report), loc="left", fontsize=10.5)
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda place: labels[place] == "chance")  # chance last
+    axes.legend(
+        [handles[place] for place in order],
+        [labels[place] for place in order],
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.1),
+        ncols=4,
+    )
+
+
+def _subtitle(report: Mapping[str, Any]) -> str:
+    metric, value = next(iter(report["difference"].items()))
+    runs = f"{len(report['seeds'])} seeds" if len(report["seeds"]) > 1 else "1 seed"
+    return f"{report['difference_of']}: {_interval(value)} {metric} ({runs})"
+
+
+def _plot_classes(
+    axes: Any, report: Mapping[str, Any], classes: Sequence[tuple[str, float]]
+) -> None:
+    """One line per class: a dot per encoder, joined, the largest gain on top."""
+    per_class = report["per_class"]
+    colours = _colours(list(report["metrics"]))
+    better, base = report["difference_of"].split(" - ")
+    rows = range(len(classes))[::-1]
+    for row, (name, gain) in zip(rows, classes, strict=True):
+        ends = [per_class[base][name]["mean"], per_class[better][name]["mean"]]
+        axes.plot(
+            ends,
+            [row, row],
+            color=colours[better if gain >= 0 else base],
+            alpha=0.35,
+            linewidth=5,
+            solid_capstyle="round",
+            zorder=2,
+        )
+        for label, values in per_class.items():
+            axes.scatter(
+                values[name]["mean"],
+                row,
+                s=52,
+                color=colours[label],
+                edgecolors="white",
+                linewidths=0.8,
+                zorder=4 if label in (better, base) else 3,
+            )
+        axes.annotate(
+            f"{gain:+.0f}",
+            (max(v[name]["mean"] for v in per_class.values()), row),
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    axes.set_yticks(rows, [name for name, _ in classes])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(-0.7, len(classes) - 0.3)
+    reach = max(value["mean"] for values in per_class.values() for value in values.values())
+    axes.set_xlim(0, 1.09 * reach)  # room for the gain
+    axes.set_xlabel("average precision, points")
+    axes.grid(axis="x", color=FAINT, linewidth=0.6, zorder=0)
+    axes.set_title(f"By class, largest gain of {better} first", loc="left", fontsize=10.5)
