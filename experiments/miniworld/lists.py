@@ -1,0 +1,101 @@
+"""The lists of a world, in the layouts that public data sets have made usual."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from .actions import CLASS_NAMES, PRETRAINING_ACTIONS
+from .jobs import Job
+from .params import WorldParams
+from .scene import SHAPES
+from .writers import write_csv, write_json, write_lines
+
+DATASET = "MINIWORLD"
+IGNORE_INDEX = -100  # no class is left out of the metric
+CATEGORIES = {shape: number for number, shape in enumerate(SHAPES, start=1)}
+
+Done = Sequence[tuple[Job, dict]]
+
+
+def list_stills(home: Path, done: Done) -> None:
+    """Image-text pairs, one list per split; images are named relative to ``home``."""
+    for split in ("train", "val"):
+        rows = [record["row"] for job, record in done if job.split == split]
+        write_csv(home / f"{split}.csv", rows, header=("image", "caption", "shape", "colour"))
+
+
+def list_clips(home: Path, done: Done) -> None:
+    """Recognition (Kinetics) and localization (ActivityNet), masks and the index.
+
+    Recognition lists the clips that end with their only action; localization lists every action
+    of every clip. Both name videos relative to ``home/videos``, localization without extension.
+    """
+    labels = {name: number for number, name in enumerate(PRETRAINING_ACTIONS)}
+    write_json(home / "recognition/label2id.json", labels, indent=2)
+    write_json(home / "localization/label2id.json", {DATASET: labels}, indent=2)
+    for split in ("train", "val"):
+        here = [(job, record) for job, record in done if job.split == split]
+        write_csv(
+            home / f"recognition/{split}.csv",
+            [(f"{job.name}.mp4", job.actions[0]) for job, _ in here if job.layout == "ending"],
+        )
+        rows = []
+        for job, record in here:
+            for action in record["actions"]:
+                begin, end = action["start_second"], action["end_second"]
+                rows.append((job.name, begin, end, action["action"], str([[begin, end]]), DATASET))
+        write_csv(
+            home / f"localization/{split}.csv",
+            rows,
+            header=("video_id", "start_second", "end_second", "text", "relevant_windows",
+                    "dataset"),
+        )
+        _list_instances(home / f"instances_{split}.json", here)
+    write_lines(home / "index.jsonl", (record["index"] for _, record in done))
+
+
+def list_streams(home: Path, done: Done, params: WorldParams) -> None:
+    """Session sets (THUMOS style), masks and the index of the untrimmed videos."""
+    sessions: dict[str, list[str]] = {}
+    for split in _stream_splits(params):
+        here = [(job, record) for job, record in done if job.split == split]
+        key = "test" if split == f"test_{params.stream_frames}" else split
+        sessions[f"{key}_session_set"] = [job.name for job, _ in here]
+        _list_instances(home / f"instances_{split}.json", here)
+    write_json(
+        home / "data_info.json",
+        {
+            DATASET: {
+                "data_root": ".",
+                "class_names": list(CLASS_NAMES),
+                "num_classes": len(CLASS_NAMES),
+                "ignore_index": IGNORE_INDEX,
+                "metrics": "AP",
+                "fps": params.fps,
+                **sessions,
+            }
+        },
+        indent=2,
+    )
+    write_lines(home / "index.jsonl", (record["index"] for _, record in done))
+
+
+def _stream_splits(params: WorldParams) -> list[str]:
+    lengths = (params.stream_frames, params.long_stream_frames)
+    return ["train", *(f"{part}_{n}" for part in ("val", "test") for n in lengths)]
+
+
+def _list_instances(path: Path, done: Done) -> None:
+    """YouTube-VIS: videos, categories (shapes), one annotation per shape with a mask per frame."""
+    videos = ",\n".join(record["video"] for _, record in done)
+    annotations = ",\n".join(text for _, record in done for text in record["annotations"])
+    categories = json.dumps(
+        [{"id": number, "name": shape, "supercategory": "shape"}
+         for shape, number in CATEGORIES.items()]
+    )
+    path.write_text(
+        f'{{"videos": [\n{videos}\n],\n"categories": {categories},\n'
+        f'"annotations": [\n{annotations}\n]}}\n'
+    )
