@@ -1,14 +1,14 @@
 """The memory of a stream: temporal keys and values of the last ``span`` frames, in a ring.
 
-Frame ``i`` of a stream lies in slot ``i % span``. With a span of 4, before and after the ring turns:
+Frame ``i`` of a stream lies in slot ``i % span``. With a span of 4, before and after the turn:
 
     after frame 2:  [ 0 | 1 | 2 |   ]      three frames to see, one slot still empty
     after frame 5:  [ 4 | 5 | 2 | 3 ]      frames 0 and 1 are out of reach and overwritten
 
-Which frames a slot holds follows from the number of frames seen alone, so nothing else is stored, and
-no value ever moves. Time is part of the tokens themselves (time embeddings), so attention need not
-read the ring in order; a mask by frame number is enough, and once the ring is full a single new frame
-needs none.
+Which frame a slot holds follows from the number of frames seen alone, so nothing else is stored,
+and no value ever moves. Time is part of the tokens themselves (time embeddings), so attention need
+not read the ring in order; a mask by frame number is enough, and once the ring is full a single new
+frame needs none.
 
 Promises, each with a test of the same name:
 
@@ -69,7 +69,7 @@ class StepPlan:
     Attributes:
         mode: ``append`` writes first and then reads slots ``[:visible]``; ``concat`` reads the ring
             beside the new frames and writes afterwards, for chunks that overwrite what they need.
-        slots: slot of each new frame, ``(B, t)``; a contiguous run in all rows when ``start`` is set.
+        slots: slot of each new frame, ``(B, t)``; the same run in all rows if ``start`` is set.
         start: first slot written when all rows write the same contiguous run, else None.
         visible: slots read.
         mask: boolean ``(1 or B, t, keys)``, or None when every key may be seen.
@@ -318,7 +318,7 @@ class StreamingCache:
         return cache
 
     def must_match(self, other: StreamingCache) -> None:
-        """Refuse to stand in for ``other``: raises ValueError when made for another model or size."""
+        """Refuse to stand in for ``other``: ValueError when made for another model or size."""
         for name in ("window", "segment"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(
@@ -330,12 +330,12 @@ class StreamingCache:
         )
         if mine != theirs:
             raise ValueError(
-                f"the saved streams have (layers, 2, rows, patches, heads, head width) {mine}, this "
-                f"encoder {theirs}; they belong to another model or frame size"
+                f"the saved streams have (layers, 2, rows, patches, heads, head width) {mine}, "
+                f"this encoder {theirs}; they belong to another model or frame size"
             )
 
 
 def _frames_in_ring(seen: Tensor, capacity: int) -> Tensor:
-    """Frame number in each slot after ``seen`` ``(B,)`` frames: ``(B, capacity)``, -1 or less if empty."""
+    """Frame in each slot after ``seen`` ``(B,)`` frames: ``(B, capacity)``, negative if empty."""
     last = seen[:, None] - 1  # (B, 1)
     return last - (last - torch.arange(capacity)) % capacity

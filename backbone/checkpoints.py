@@ -1,8 +1,8 @@
 """Weights from elsewhere: SigLIP image towers and released StreamFormer checkpoints.
 
-Each foreign layout is data first: what is renamed, what is created here (with its starting value), what
-is dropped (with the reason). One function applies a table, one loads the result strictly; a file that
-does not fit is refused with the keys that tell why.
+Each foreign layout is data first: what is renamed, what is created here (with its starting value),
+what is dropped (with the reason). One function applies a table, one loads the result strictly; a
+file that does not fit is refused with the keys that tell why.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .modeling import StreamformerModel
 
 logger = logging.getLogger(__name__)
 
-# -- the tables ---------------------------------------------------------------------------------------
+# -- the tables -----------------------------------------------------------------------------------
 
 # Released StreamFormer layout -> ours, as prefixes of keys; "#" stands for a layer number.
 RELEASED_RENAMES = {
@@ -52,10 +52,11 @@ RELEASED_RENAMES = {
 
 # LoRA of the released layout -> the names that PEFT gives to the same matrices.
 RELEASED_LORA = {
-    "encoder.layer.#.attention.attention.qkv_lora_a.": "layers.#.spatial_attention.qkv.lora_A.default.",
-    "encoder.layer.#.attention.attention.qkv_lora_b.": "layers.#.spatial_attention.qkv.lora_B.default.",
-    "encoder.layer.#.attention.output.dense_lora_a.": "layers.#.spatial_attention.out.lora_A.default.",
-    "encoder.layer.#.attention.output.dense_lora_b.": "layers.#.spatial_attention.out.lora_B.default.",
+    f"encoder.layer.#.attention.{theirs}_lora_{low}.": (
+        f"layers.#.spatial_attention.{ours}.lora_{high}.default."
+    )
+    for theirs, ours in (("attention.qkv", "qkv"), ("output.dense", "out"))
+    for low, high in (("a", "A"), ("b", "B"))
 }
 
 RELEASED_DROPS = {
@@ -89,11 +90,11 @@ SIGLIP_DROPS = {
     "embeddings.position_ids": "a buffer of old files; positions follow from the grid",
 }
 
-# What an image tower lacks. Gates and time table start at zero, so that the lifted model is the image
-# encoder; the rest of the temporal branch starts as a fresh model's.
+# What an image tower lacks. Gates and time table start at zero, so that the lifted model is the
+# image encoder; the rest of the temporal branch starts as a fresh model's.
 LIFT_CREATES = (
-    r"embeddings\.time_embedding|layers\.\d+\.temporal_(norm|attention\.(qkv|out)|dense)\.(weight|bias)"
-    r"|layers\.\d+\.temporal_gate"
+    r"embeddings\.time_embedding|layers\.\d+\.temporal_gate"
+    r"|layers\.\d+\.temporal_(norm|attention\.(qkv|out)|dense)\.(weight|bias)"
 )
 
 # Released config keys -> ours, where the name differs. Others of the same name are taken over.
@@ -104,7 +105,7 @@ class CheckpointError(ValueError):
     """A checkpoint that is damaged or is not what it was taken for."""
 
 
-# -- the face -----------------------------------------------------------------------------------------
+# -- the face -------------------------------------------------------------------------------------
 
 
 def lift_siglip(
@@ -138,10 +139,17 @@ def lift_siglip(
             f"{source}: model_type is {config.model_type!r}; lifting needs a SigLIP image tower "
             "('siglip' or 'siglip_vision_model')"
         )
-    shared = (
-        "image_size patch_size num_channels hidden_size num_hidden_layers num_attention_heads "
-        "intermediate_size hidden_act layer_norm_eps"
-    ).split()
+    shared = [
+        "image_size",
+        "patch_size",
+        "num_channels",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "hidden_act",
+        "layer_norm_eps",
+    ]
     fields = {name: getattr(vision, name) for name in shared}
     fields["attention_probs_dropout_prob"] = vision.attention_dropout
     model = StreamformerModel(
@@ -215,7 +223,7 @@ def is_released(source: str | Path, hub: Mapping[str, Any] | None = None) -> boo
     return config.get("model_type") == "timesformer"
 
 
-# -- reading ------------------------------------------------------------------------------------------
+# -- reading --------------------------------------------------------------------------------------
 
 
 def read_weights(source: str | Path, **hub: Any) -> dict[str, Tensor]:
@@ -254,8 +262,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read: {error}. Is it truncated? Copy or "
-            "download it again"
+            f"{path} ({path.stat().st_size} bytes) cannot be read: {error}. Is it truncated? "
+            "Copy or download it again"
         ) from error
     except Exception as error:  # pickle's refusals share no base class
         raise CheckpointError(f"{path} is not a checkpoint of plain tensors: {error}") from error
@@ -266,7 +274,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-# -- applying a table ---------------------------------------------------------------------------------
+# -- applying a table -----------------------------------------------------------------------------
 
 
 def rename(
@@ -380,7 +388,7 @@ def _resize_time_table(state: dict[str, Tensor], num_frames: int) -> dict[str, T
     return {**state, "embeddings.time_embedding": resized.transpose(1, 2).to(table.dtype)}
 
 
-# -- configs ------------------------------------------------------------------------------------------
+# -- configs --------------------------------------------------------------------------------------
 
 
 def _released_config(source: str | Path, hub: Mapping[str, Any]) -> dict[str, Any]:
@@ -388,8 +396,8 @@ def _released_config(source: str | Path, hub: Mapping[str, Any]) -> dict[str, An
     kind = raw.get("attention_type", "divided_space_time")
     if kind != "divided_space_time":
         raise CheckpointError(
-            f"{source}: attention_type={kind!r}; only 'divided_space_time' is supported (the released "
-            "code's other modes do not run)"
+            f"{source}: attention_type={kind!r}; only 'divided_space_time' is supported "
+            "(the released code's other modes do not run)"
         )
     own = StreamformerConfig().to_dict()
     renamed = {RELEASED_CONFIG.get(key, key): value for key, value in raw.items()}

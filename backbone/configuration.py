@@ -40,9 +40,9 @@ class StreamformerConfig(PretrainedConfig):
         causal: whether a frame sees only itself and earlier frames. Streaming needs it.
         window: frames a frame may attend to, itself included; the same for clips and streams, and
             the bound of a stream's memory. None: all earlier frames.
-        temporal_positions: which row of the time table frame ``i`` uses. Up to ``num_frames`` frames
-            all policies agree. Past them ``hold`` repeats the last row; ``cycle`` starts over;
-            ``reset`` starts over and forgets, so that a stream is a row of separate clips;
+        temporal_positions: which row of the time table frame ``i`` uses. Up to ``num_frames``
+            frames all policies agree. Past them ``hold`` repeats the last row; ``cycle`` starts
+            over; ``reset`` starts over and forgets, so that a stream is a row of separate clips;
             ``nearest`` stretches the table over the clip, as the released code does: it makes early
             frames depend on how many follow, so it refuses to stream.
         lora_rank: rank of the LoRA adapters on spatial attention; 0 for none.

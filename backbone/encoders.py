@@ -1,15 +1,15 @@
 """The one interface that every downstream task sees: a frozen encoder of frames.
 
-The contract of :class:`VideoEncoder`, for third parties too: normalised frames in, and for every frame
-patch tokens after the encoder's final norm, one pooled embedding, and on request the tokens of inner
-layers, counted in the same way by all encoders (0 the embeddings, ``i`` the output of layer ``i``,
-``num_layers`` or -1 the last one before the final norm). ``encode`` takes whole clips, ``stream`` the
-frames as they come, and both give the same features. An image encoder sees each frame alone; a video
-encoder sees earlier frames too, never later ones.
+The contract of :class:`VideoEncoder`, for third parties too: normalised frames in, and for every
+frame patch tokens after the encoder's final norm, one pooled embedding, and on request the tokens
+of inner layers, counted in the same way by all encoders (0 the embeddings, ``i`` the output of
+layer ``i``, ``num_layers`` or -1 the last one before the final norm). ``encode`` takes whole clips,
+``stream`` the frames as they come, and both give the same features. An image encoder sees each
+frame alone; a video encoder sees earlier frames too, never later ones.
 
 Another encoder joins by :func:`register_encoder`, or by an entry point of the group
-``streamformer.encoders`` in its own package; then ``build_encoder("its-kind:…")`` finds it, and every
-task of the suite runs with it.
+``streamformer.encoders`` in its own package; then ``build_encoder("its-kind:…")`` finds it, and
+every task of the suite runs with it.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class VideoEncoder(nn.Module, ABC):
         for number in layers:
             if not -count <= number < count:
                 raise ValueError(
-                    f"layer {number} of {self.name}: it has layers 0 (embeddings) to {self.num_layers}, "
-                    f"or -{count} to -1"
+                    f"layer {number} of {self.name}: it has layers 0 (embeddings) to "
+                    f"{self.num_layers}, or -{count} to -1"
                 )
         return {number: number % count for number in layers}
 
@@ -195,8 +195,8 @@ class EncoderStream:
         expected = self.batch_size if rows is None else len(rows)
         if frames.shape[0] != expected:
             raise ValueError(
-                f"frames for {frames.shape[0]} streams, expected {expected}; name the streams that have "
-                "new frames with rows=[...]"
+                f"frames for {frames.shape[0]} streams, expected {expected}; name the streams "
+                "that have new frames with rows=[...]"
             )
         size = (frames.shape[3], frames.shape[4])
         if self._size is None:
@@ -351,17 +351,17 @@ class SiglipEncoder(VideoEncoder):
         return FrameFeatures(per_clip(out.last_hidden_state), per_clip(out.pooler_output), inner)
 
 
-# -- building by name ---------------------------------------------------------------------------------
+# -- building by name -----------------------------------------------------------------------------
 
 Builder = Callable[..., VideoEncoder]
 _BUILDERS: dict[str, Builder] = {}
 
 
 def register_encoder(kind: str, builder: Builder) -> None:
-    """Let ``build_encoder("kind:source")`` call ``builder(source, window=…, temporal_positions=…)``.
+    """Let ``build_encoder("kind:source")`` find ``builder``.
 
-    ``window`` and ``temporal_positions`` are None unless asked for; an encoder without memory may
-    ignore them.
+    It is called as ``builder(source, window=…, temporal_positions=…)``; both are None unless asked
+    for, and an encoder without memory may ignore them.
 
     Raises:
         ValueError: when the kind is taken.

@@ -1,7 +1,7 @@
 """Exact folding for inference: fewer matrix products, the same numbers.
 
-What is linear in a row is one linear: LoRA joins the weight that it wraps, and the temporal branch's
-out-projection ``Wo``, ``temporal_dense`` ``Wd`` and gate ``g`` become
+What is linear in a row is one linear: LoRA joins the weight that it wraps, and the temporal
+branch's out-projection ``Wo``, ``temporal_dense`` ``Wd`` and gate ``g`` become
 
     tanh(g) * (Wd (Wo x + bo) + bd)  =  (tanh(g) Wd Wo) x  +  tanh(g) (Wd bo + bd)
 

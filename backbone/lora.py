@@ -1,8 +1,8 @@
 """LoRA on spatial attention, through PEFT.
 
 StreamFormer trains time in full and touches the image encoder's attention only through low-rank
-adapters (rank 32, scale 1, no bias): on the joint query-key-value projection, whose three outputs so
-share one bottleneck, and on the output projection.
+adapters (rank 32, scale 1, no bias): on the joint query-key-value projection, whose three outputs
+so share one bottleneck, and on the output projection.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def add_lora(model: nn.Module, rank: int = RANK) -> nn.Module:
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Fold all adapters into the weights that they wrap, in place and in fp32; plain linears remain.
+    """Fold all adapters into the weights they wrap, in place and in fp32; plain linears remain.
 
     Raises:
         ValueError: when a merged weight is not finite, naming it.

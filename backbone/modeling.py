@@ -1,20 +1,20 @@
 """The streaming video encoder: SigLIP's vision transformer with causal attention through time.
 
-StreamFormer ("Learning Streaming Video Representation via Multitask Training", ICCV 2025, section 3)
-keeps an image encoder as it is and gives each layer a temporal branch in front, after TimeSformer's
-divided space-time attention:
+StreamFormer ("Learning Streaming Video Representation via Multitask Training", ICCV 2025, section
+3) keeps an image encoder as it is and gives each layer a temporal branch in front, after
+TimeSformer's divided space-time attention:
 
-          frame 0      frame 1      frame 2
-         +---+---+    +---+---+    +---+---+
-         | a | b |    | a | b |    | a | b |      temporal: each patch with itself in earlier frames,
-         +---+---+    +---+---+    +---+---+                a0 <- a1 <- a2, b0 <- b1 <- b2
-         | c | d |    | c | d |    | c | d |      spatial:  the patches of one frame among themselves,
-         +---+---+    +---+---+    +---+---+                as in the image encoder
+      frame 0      frame 1      frame 2
+     +---+---+    +---+---+    +---+---+
+     | a | b |    | a | b |    | a | b |    temporal: each patch with itself in earlier frames,
+     +---+---+    +---+---+    +---+---+              a0 <- a1 <- a2, b0 <- b1 <- b2
+     | c | d |    | c | d |    | c | d |    spatial:  the patches of one frame among themselves,
+     +---+---+    +---+---+    +---+---+              as in the image encoder
 
-A learned gate, tanh of one scalar per layer, lets the temporal branch in; at zero the layer is exactly
-the image layer. Only temporal attention looks across frames, and only backwards, so its keys and values
-are all that a stream must remember (`cache.py`), and a clip and the next frames of a stream run through
-the same ``forward``.
+A learned gate, tanh of one scalar per layer, lets the temporal branch in; at zero the layer is
+exactly the image layer. Only temporal attention looks across frames, and only backwards, so its
+keys and values are all that a stream must remember (`cache.py`), and a clip and the next frames of
+a stream run through the same ``forward``.
 
 Letters: B clips or streams, T frames, N patches of a frame (row-major over the grid), D width,
 A heads, d = D / A, S frames that may be seen, F rows of the time table. Tokens are frame-major,
@@ -46,8 +46,8 @@ class StreamformerOutput(ModelOutput):
         last_hidden_state: patch tokens after the final norm, ``(B, T, N, D)``.
         pooler_output: one embedding per frame, ``(B, T, D)``.
         past_key_values: the stream's memory, when ``use_cache``.
-        hidden_states: embeddings and each layer's output, ``L + 1`` tensors ``(B, T, N, D)``, the last
-            one before the final norm, when ``output_hidden_states``.
+        hidden_states: embeddings and each layer's output, ``L + 1`` tensors ``(B, T, N, D)``, the
+            last one before the final norm, when ``output_hidden_states``.
     """
 
     last_hidden_state: Tensor | None = None
@@ -56,7 +56,7 @@ class StreamformerOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-# -- embeddings ---------------------------------------------------------------------------------------
+# -- embeddings -----------------------------------------------------------------------------------
 
 
 class PatchEmbeddings(nn.Module):
@@ -129,7 +129,7 @@ def time_rows(config: StreamformerConfig, frames: Tensor, clip_length: int | Non
     return frames if clip_length <= rows else frames * rows // clip_length
 
 
-# -- attention ----------------------------------------------------------------------------------------
+# -- attention ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class TemporalAttention(Attention):
         return self.dropout(self.out(mixed.transpose(1, 2)))
 
 
-# -- layers -------------------------------------------------------------------------------------------
+# -- layers ---------------------------------------------------------------------------------------
 
 
 class MLP(nn.Module):
@@ -300,7 +300,7 @@ class PoolingHead(nn.Module):
         return pooled.unflatten(0, (batch, frames))
 
 
-# -- the model ----------------------------------------------------------------------------------------
+# -- the model ------------------------------------------------------------------------------------
 
 
 class StreamformerModel(PreTrainedModel):
@@ -379,7 +379,7 @@ class StreamformerModel(PreTrainedModel):
         """Encode clips, or the next frames of streams.
 
         Args:
-            pixel_values: frames ``(B, T, C, H, W)``, normalised; H and W multiples of the patch size.
+            pixel_values: frames ``(B, T, C, H, W)``, normalised; H and W divide into patches.
             past_key_values: memory of the streams so far; these frames come next.
             use_cache: start a memory if there is none; implied by ``past_key_values``. Streaming is
                 inference: outputs carry no gradient then.
@@ -467,16 +467,16 @@ class StreamformerModel(PreTrainedModel):
         shape, config = tuple(pixel_values.shape), self.config
         if len(shape) != 5 or shape[2] != config.num_channels:
             raise ValueError(
-                f"pixel_values has shape {shape}; expected (B, T, {config.num_channels}, H, W). A single "
-                "frame is (B, 1, C, H, W)"
+                f"pixel_values has shape {shape}; expected (B, T, {config.num_channels}, H, W). "
+                "A single frame is (B, 1, C, H, W)"
             )
         if 0 in shape:
             raise ValueError(f"pixel_values of shape {shape} is empty")
         height, width = shape[3:]
         if height % config.patch_size or width % config.patch_size:
             raise ValueError(
-                f"frames of {height} x {width} pixels do not divide into patches of {config.patch_size}; "
-                "resize or crop them first (backbone.video.preprocess)"
+                f"frames of {height} x {width} pixels do not divide into patches of "
+                f"{config.patch_size}; resize or crop them first (backbone.video.preprocess)"
             )
         return shape[0], shape[1], (height // config.patch_size, width // config.patch_size)
 
@@ -490,8 +490,8 @@ class StreamformerModel(PreTrainedModel):
             )
         if cache.batch_size != batch:
             raise ValueError(
-                f"{batch} frames for a memory of {cache.batch_size} streams; feed some of them through "
-                "past_key_values.rows([...]), or start a new stream"
+                f"{batch} frames for a memory of {cache.batch_size} streams; feed some of them "
+                "through past_key_values.rows([...]), or start a new stream"
             )
         if cache.num_patches != grid[0] * grid[1]:
             raise ValueError(
@@ -500,6 +500,7 @@ class StreamformerModel(PreTrainedModel):
             )
         if (cache.window, cache.segment) != (self.config.window, self._segment):
             raise ValueError(
-                f"the memory was made for window={cache.window}, segment={cache.segment} but the model "
-                f"has window={self.config.window}, segment={self._segment}; start a new stream"
+                f"the memory was made for window={cache.window}, segment={cache.segment} but "
+                f"the model has window={self.config.window}, segment={self._segment}; "
+                "start a new stream"
             )
