@@ -1,1 +1,22 @@
-"""Placeholder, see package modules."""
+"""Multitask video-language pretraining: lift an image encoder into time by aligning it with text.
+
+One idea at three granularities: features ``(…, D)`` against texts ``(C, D)``, cosine similarity,
+scale, bias, sigmoid loss. `alignment` holds that formula, `objectives` say for each task what the
+features, texts and targets are, `datasets` read annotations and videos, `text` the frozen text
+tower, `sampling` which clips meet in an update, `model` and `train` put them together.
+"""
+
+from pretrain.alignment import alignment_loss
+from pretrain.config import ModelConfig, OptimConfig, PretrainConfig, TaskConfig
+from pretrain.text import TextTower
+from pretrain.train import train
+
+__all__ = [
+    "ModelConfig",
+    "OptimConfig",
+    "PretrainConfig",
+    "TaskConfig",
+    "TextTower",
+    "alignment_loss",
+    "train",
+]

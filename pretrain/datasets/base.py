@@ -1,0 +1,158 @@
+"""What every data set speaks: annotated videos in, samples and batches out.
+
+A reader (`kinetics`, `localization`, `captions`) turns annotation files into `Annotations`: a list
+of `Entry`, and the label sets they refer to. `VideoDataset` decodes an entry's clip and hands out a
+`Sample`; `collate` makes a `Batch`. What the targets are is the objectives' business.
+
+All randomness of a sample comes from the seed in its `Draw`, so the same draw gives the same clip
+in any worker, on any rank, before and after a resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pretrain.datasets.decode import ClipError, ClipReader
+
+
+class Segment(NamedTuple):
+    """A label that holds from ``start`` to ``end`` seconds, both included."""
+
+    label: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One annotated video; which fields are filled depends on the annotation's family."""
+
+    video: Path
+    label_set: str = ""  # the set that labels and segments number into
+    labels: tuple[int, ...] = ()  # true of the whole video
+    segments: tuple[Segment, ...] = ()  # true of a stretch of it
+    captions: tuple[str, ...] = ()
+    end: float | None = None  # seconds; None for the whole video
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What a reader found: entries, label sets in id order, and the rows it had to leave out."""
+
+    entries: Sequence[Entry]
+    label_sets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+
+class Draw(NamedTuple):
+    """One draw of the sampler: which entry, how many frames, and the seed of all its chances.
+
+    ``seed`` None asks for the fixed choices of validation.
+    """
+
+    index: int
+    num_frames: int
+    seed: int | None = None
+
+
+@dataclass
+class Sample:
+    """A decoded entry, or the reason why there is none."""
+
+    entry: Entry
+    frames: Tensor | None  # (T, 3, H, W) uint8; None if decoding failed
+    times: np.ndarray | None  # (T,) seconds
+    caption: str = ""
+    error: str = ""
+
+
+@dataclass
+class Batch:
+    """Clips of one task. Padding and clips that failed to decode are marked, and count nowhere."""
+
+    frames: Tensor  # (B, T, 3, H, W) uint8
+    valid: Tensor  # (B, T) bool: a real frame
+    times: np.ndarray  # (B, T) seconds
+    entries: list[Entry]
+    captions: list[str]
+    errors: list[str]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on ``device``."""
+        return replace(
+            self,
+            frames=self.frames.to(device, non_blocking=True),
+            valid=self.valid.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> Batch:
+        """Called by the data loader where batches go to a GPU."""
+        return replace(self, frames=self.frames.pin_memory(), valid=self.valid.pin_memory())
+
+
+class VideoDataset(Dataset):
+    """Samples of one family of annotations, read through one `ClipReader`."""
+
+    def __init__(self, annotations: Annotations, reader: ClipReader) -> None:
+        if not annotations.entries:
+            raise ValueError("the data set has no entries; check the annotation file and the split")
+        self.entries = annotations.entries
+        self.label_sets = annotations.label_sets
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        """Decode the drawn clip; a video that cannot be read gives a sample with its error."""
+        entry = self.entries[draw.index]
+        rng = None if draw.seed is None else np.random.default_rng(draw.seed)
+        caption = ""
+        if entry.captions:
+            choice = 0 if rng is None else int(rng.integers(len(entry.captions)))
+            caption = entry.captions[choice]
+        try:
+            frames, times = self.reader.read(entry.video, draw.num_frames, rng, end=entry.end)
+        except ClipError as error:
+            return Sample(entry, None, None, caption, str(error))
+        return Sample(entry, frames, times, caption)
+
+
+def collate(samples: Sequence[Sample], size: int) -> Batch:
+    """Stack clips of ``size`` pixels to the longest; failed ones keep their row, black, not valid.
+
+    Rows are kept so that every rank brings the same number of clips to each update.
+    """
+    good = [sample for sample in samples if sample.frames is not None]
+    steps = max((len(sample.frames) for sample in good), default=1)
+    valid = torch.zeros(len(samples), steps, dtype=torch.bool)
+    times = np.zeros((len(samples), steps))
+    rows = []
+    for i, sample in enumerate(samples):
+        count = 0 if sample.frames is None else len(sample.frames)
+        valid[i, :count] = True
+        if count == steps:
+            rows.append(sample.frames)
+            times[i] = sample.times
+            continue
+        padded = torch.zeros(steps, 3, size, size, dtype=torch.uint8)
+        if count:
+            padded[:count], padded[count:] = sample.frames, sample.frames[-1]
+            times[i, :count], times[i, count:] = sample.times, sample.times[-1]
+        rows.append(padded)
+    return Batch(
+        frames=torch.stack(rows),  # (B, T, 3, H, W)
+        valid=valid,
+        times=times,
+        entries=[sample.entry for sample in samples],
+        captions=[sample.caption for sample in samples],
+        errors=[sample.error for sample in samples if sample.error],
+    )

@@ -1,0 +1,181 @@
+"""Video files to clips: which frames, decoded how, kept where, and what happens when it fails.
+
+`ClipReader.read` is the one road from a file to a clip: sampling rule (`frames.py`), decoding
+(`backbone.video`), augmentation (`augment.py`). With a `FrameStore` a video is decoded once,
+resized, and stays in memory as uint8: for sets of small videos, where opening files would cost more
+than the training step. A `FailureLedger` counts what could not be read and stops a run that loses
+too much.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backbone import video
+from pretrain.datasets.augment import Augmentation, resize_short_side
+from pretrain.datasets.frames import RULES
+
+logger = logging.getLogger(__name__)
+
+
+class ClipError(RuntimeError):
+    """A clip that could not be decoded; the message names the file and the reason."""
+
+
+class FrameStore:
+    """Whole videos in memory: (L, 3, h, w) uint8 with the short side at ``size``, decoded once.
+
+    One store serves all tasks that read the same videos. A video of L frames of 32 pixels takes
+    L * 3 kB. Broken videos are remembered too and not opened again.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._videos: dict[Path, tuple[Tensor, np.ndarray] | str] = {}
+
+    def get(self, path: Path) -> tuple[Tensor, np.ndarray]:
+        """Frames (L, 3, h, w) uint8 and times (L,) in seconds. Raises ClipError."""
+        if path not in self._videos:
+            try:
+                self._videos[path] = self._decode(path)
+            except ClipError as error:
+                self._videos[path] = str(error)
+        found = self._videos[path]
+        if isinstance(found, str):
+            raise ClipError(found)
+        return found
+
+    def _decode(self, path: Path) -> tuple[Tensor, np.ndarray]:
+        images, times = [], []
+        try:
+            with video.open_video(path) as reader:
+                for frame in reader:
+                    images.append(frame.image)
+                    times.append(frame.time)
+        except (video.VideoError, OSError) as error:
+            raise ClipError(f"{path}: {error}") from error
+        if not images:
+            raise ClipError(f"{path}: holds no frames")
+        frames = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (L, 3, H, W)
+        return resize_short_side(frames, self.size).contiguous(), np.array(times)
+
+
+@dataclass(frozen=True)
+class ClipReader:
+    """How the clips of one task are read.
+
+    sampling: a name of `frames.RULES`; ``stride`` is the step of "consecutive".
+    augment: what happens to a whole clip in training; validation crops the centre.
+    store: keep videos in memory; None decodes the wanted frames each time.
+    """
+
+    size: int
+    sampling: str
+    stride: int = 1
+    augment: Augmentation = field(default_factory=lambda: Augmentation("none"))
+    store: FrameStore | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampling not in RULES:
+            raise ValueError(f"no sampling rule {self.sampling!r}; known: {', '.join(RULES)}")
+        if self.stride < 1:
+            raise ValueError(f"stride={self.stride} must be at least 1")
+
+    def read(
+        self,
+        path: Path,
+        num_frames: int,
+        rng: np.random.Generator | None,
+        end: float | None = None,
+    ) -> tuple[Tensor, np.ndarray]:
+        """A clip (T, 3, size, size) uint8 and its times (T,) in seconds.
+
+        ``rng`` None makes the fixed choices of validation; ``end`` ignores what comes after that
+        second. T is ``num_frames``, less only where the rule allows it. Raises ClipError.
+        """
+        frames, times = self._read(path, num_frames, rng, end)
+        return self.augment(frames, self.size, rng), times
+
+    def _read(
+        self, path: Path, num_frames: int, rng: np.random.Generator | None, end: float | None
+    ) -> tuple[Tensor, np.ndarray]:
+        rule = RULES[self.sampling]
+        if self.store is not None:
+            frames, times = self.store.get(path)  # (L, 3, h, w)
+            length = len(times) if end is None else max(int(np.searchsorted(times, end)), 1)
+            chosen = rule(length, num_frames, rng, self.stride)
+            if self.sampling == "consecutive":  # a view, no copy
+                first, last = int(chosen[0]), int(chosen[-1])
+                return frames[first : last + 1 : self.stride], times[chosen]
+            return frames[torch.from_numpy(chosen)], times[chosen]
+        try:
+            length, fps = count_frames(path)
+            if end is not None:
+                length = min(length, max(int(end * fps), 1))
+            chosen = rule(length, num_frames, rng, self.stride)
+            # The middle of a frame's time is safe from rounding at its borders.
+            images, times = video.sample_frames(path, times=(chosen + 0.5) / fps)
+        except (video.VideoError, OSError) as error:
+            raise ClipError(f"{path}: {error}") from error
+        return torch.from_numpy(images).permute(0, 3, 1, 2), times  # (T, 3, H, W)
+
+
+def count_frames(path: Path) -> tuple[int, float]:
+    """Frames and frames per second of a video, decoded and counted if the container is silent."""
+    with video.open_video(path) as reader:
+        fps, length = reader.fps, reader.num_frames
+        if not length and reader.duration and fps:
+            length = round(reader.duration * fps)
+        if not length or not fps:
+            times = [frame.time for frame in reader]
+            length = len(times)
+            fps = (length - 1) / (times[-1] - times[0]) if length > 1 else 1.0
+    return length, float(fps)
+
+
+class FailureLedger:
+    """Counts clips asked for and clips lost, names each lost file once in the log, and gives up.
+
+    ``max_share`` of all clips may fail; the first ``grace`` failures are forgiven, so that one bad
+    file at the start of a run does not end it.
+    """
+
+    def __init__(self, max_share: float, grace: int = 10) -> None:
+        self.max_share, self.grace = max_share, grace
+        self.asked = 0
+        self.failed: dict[str, int] = {}  # message -> times
+
+    def record(self, asked: int, errors: list[str]) -> None:
+        """Take in a batch. Raises ClipError when more than the share has failed."""
+        self.asked += asked
+        for error in errors:
+            if error not in self.failed:
+                logger.warning("skipped a clip that cannot be read: %s", error)
+            self.failed[error] = self.failed.get(error, 0) + 1
+        lost = self.lost
+        if errors and lost > max(self.grace, self.max_share * self.asked):
+            examples = "; ".join(list(self.failed)[:3])
+            raise ClipError(
+                f"{lost} of {self.asked} clips could not be read, more than the allowed share of "
+                f"{self.max_share:g}: {examples}. Repair or remove these videos, or raise "
+                "max_failed_share"
+            )
+
+    @property
+    def lost(self) -> int:
+        """Clips that could not be read so far."""
+        return sum(self.failed.values())
+
+    def state_dict(self) -> dict:
+        """What a checkpoint keeps."""
+        return {"asked": self.asked, "failed": dict(self.failed)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue a saved count."""
+        self.asked, self.failed = state["asked"], dict(state["failed"])

@@ -1,0 +1,89 @@
+"""The model in training: a video encoder, scale and bias, and a text tower that only teaches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from backbone import FrameFeatures, StreamformerModel
+from pretrain.alignment import alignment_loss
+from pretrain.config import Freeze
+from pretrain.datasets import Batch
+from pretrain.objectives import Objective
+from pretrain.text import TextTower
+
+# SigLIP normalises pixels by mean 0.5 and standard deviation 0.5: bytes 0 to 255 become -1 to 1.
+_HALF_RANGE = 127.5
+_TEMPORAL = ("temporal", "time_embedding")
+_SPATIAL_ATTENTION = ("spatial_attention.qkv", "spatial_attention.out")
+
+
+class MultitaskModel(nn.Module):
+    """Batch of one task in, loss out.
+
+    The text tower is held but is no part of the module: it is neither trained, moved nor saved.
+    Log scale and bias are vectors, of length 1 if shared and one entry per task otherwise; each
+    task picks its entry, so every parameter takes part in every mini-batch, as distributed
+    training wants it.
+    """
+
+    def __init__(
+        self,
+        backbone: StreamformerModel,
+        objectives: Mapping[str, Objective],
+        tower: TextTower,
+        *,
+        log_scale: float = math.log(10),
+        bias: float = -2.0,
+        shared_scale: bool = True,
+        bf16: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.objectives = dict(objectives)
+        self.tower = tower
+        self.bf16 = bf16
+        copies = 1 if shared_scale else len(objectives)
+        self.log_scale = nn.Parameter(torch.full((copies,), float(log_scale)))
+        self.bias = nn.Parameter(torch.full((copies,), float(bias)))
+
+    def encode(self, frames: Tensor) -> FrameFeatures:
+        """Features of clips (B, T, 3, H, W) in bytes."""
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
+            output = self.backbone(normalize(frames))
+        return FrameFeatures(output.last_hidden_state, output.pooler_output)
+
+    def forward(self, batch: Batch, task: str) -> Tensor:
+        """The alignment loss of a batch of ``task``, a scalar in float32."""
+        aligned = self.objectives[task](self.encode(batch.frames), batch, self.tower)
+        entry = list(self.objectives).index(task) if len(self.bias) > 1 else 0
+        return alignment_loss(
+            aligned.features,
+            aligned.text,
+            aligned.targets,
+            scale=self.log_scale[entry].exp(),
+            bias=self.bias[entry],
+            mask=aligned.mask,
+            reduction=aligned.reduction,
+            normalize_text=aligned.normalize_text,
+        )
+
+
+def normalize(frames: Tensor) -> Tensor:
+    """Bytes to the range that SigLIP expects, float32 in [-1, 1]."""
+    return frames.float().div_(_HALF_RANGE).sub_(1.0)
+
+
+def freeze(backbone: StreamformerModel, rule: Freeze) -> None:
+    """Stop gradients by rule, on top of what LoRA has frozen already (see `ModelConfig.freeze`)."""
+    for name, weight in backbone.named_parameters():
+        adapter = "lora_" in name
+        if rule == "spatial_attention":
+            frozen = any(part in name for part in _SPATIAL_ATTENTION) and not adapter
+        else:
+            frozen = rule == "image" and not adapter and not any(part in name for part in _TEMPORAL)
+        if frozen:
+            weight.requires_grad_(False)

@@ -1,0 +1,495 @@
+"""The training job: lift, align, save. StreamFormer section 3, on accelerate.
+
+An update is one round: a mini-batch of every task, their gradients summed by weight, one optimiser
+step. Runs on one process as on many (``torchrun`` or ``accelerate launch``): gradients are reduced
+once per round. Everything follows from the config and its seed, so a run that was interrupted goes
+on to the very same weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from backbone import lift_siglip
+from pretrain.alignment import gather_ranks
+from pretrain.card import model_card
+from pretrain.checkpoints import (
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    write_json,
+    write_text,
+)
+from pretrain.config import PretrainConfig, TaskConfig
+from pretrain.datasets import READERS, Batch, Sample, VideoDataset, collate
+from pretrain.datasets.augment import Augmentation
+from pretrain.datasets.decode import ClipReader, FailureLedger, FrameStore
+from pretrain.evaluation import evaluate
+from pretrain.model import MultitaskModel, freeze
+from pretrain.objectives import Localization, Objective, Recognition, Retrieval
+from pretrain.optim import learning_rate, parameter_groups
+from pretrain.sampling import RoundSampler
+from pretrain.text import load_siglip_text
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE, METRICS_FILE, LOG_FILE = "pretrain.json", "metrics.json", "log.jsonl"
+
+
+class Interrupted(SystemExit):
+    """The run was told to stop; its state is saved and running it again goes on from there."""
+
+
+def train(config: PretrainConfig, *, progress: bool = True) -> Path:
+    """Train as configured and return the folder of the finished model.
+
+    A folder that holds an unfinished run of the same config is resumed at its last checkpoint; a
+    finished one is returned at once. SIGTERM saves a checkpoint and raises `Interrupted`.
+
+    Raises ValueError if the folder belongs to another config, FloatingPointError at a loss that
+    is not finite, ClipError when too many videos cannot be decoded.
+    """
+    output = Path(config.output)
+    if _finished(config, output):
+        logger.info("%s is trained already", output)
+        return output
+    accelerator = Accelerator(
+        cpu=config.device == "cpu", log_with=list(config.trackers) or None, project_dir=output
+    )
+    if config.trackers:
+        accelerator.init_trackers("pretrain")
+    run = _Run(config, accelerator)
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / CONFIG_FILE, config.to_dict())
+    with _sigterm() as stopped:
+        run.fit(progress and accelerator.is_main_process, stopped)
+    if accelerator.is_main_process:
+        run.finish()
+    accelerator.wait_for_everyone()
+    if config.trackers:
+        accelerator.end_training()
+    return output
+
+
+def build_dataset(
+    task: TaskConfig,
+    arguments: Mapping,
+    *,
+    name: str,
+    image_size: int,
+    store: FrameStore | None = None,
+) -> VideoDataset:
+    """The videos of a task; ``arguments`` go to its annotation reader and bear its names."""
+    reader = READERS[task.reader]
+    try:
+        inspect.signature(reader).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"task {name!r}: reader {task.reader!r} takes "
+            f"{', '.join(inspect.signature(reader).parameters)} ({error})"
+        ) from error
+    clips = ClipReader(
+        size=image_size,
+        sampling=task.sampling,
+        stride=task.stride,
+        augment=Augmentation(task.augmentation, task.flip),
+        store=store,
+    )
+    return VideoDataset(reader(**arguments), clips)
+
+
+def build_objective(
+    task: TaskConfig,
+    dataset: VideoDataset,
+    *,
+    renormalize_labels: bool = True,
+    mask_duplicates: bool = True,
+) -> Objective:
+    """The objective of a task, over the label sets of its data."""
+    if task.objective == "retrieval":
+        return Retrieval(mask_duplicates=mask_duplicates)
+    kind = {"recognition": Recognition, "localization": Localization}[task.objective]
+    return kind(dataset.label_sets, task.templates, renormalize=renormalize_labels)
+
+
+class _Run:
+    """A run's parts, put together once from the config."""
+
+    def __init__(self, config: PretrainConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.output = Path(config.output)
+        tower, log_scale, bias = load_siglip_text(
+            config.model.siglip, device=accelerator.device, cache_size=config.text_cache_size
+        )
+        torch.manual_seed(config.seed)  # fresh temporal layers and adapters
+        backbone = lift_siglip(
+            config.model.siglip,
+            num_frames=config.model.num_frames,
+            lora_rank=config.model.lora_rank,
+            window=config.model.window,
+            temporal_positions=config.model.temporal_positions,
+            temporal_attention=config.model.temporal_attention,
+        )
+        freeze(backbone, config.model.freeze)
+        if config.model.gradient_checkpointing:
+            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        self._read_data(config.image_size or backbone.config.image_size)
+        model = MultitaskModel(
+            backbone,
+            self.objectives,
+            tower,
+            log_scale=log_scale,
+            bias=bias,
+            shared_scale=config.model.shared_scale,
+            bf16=config.precision == "bf16",
+        )
+        optimizer = torch.optim.AdamW(
+            parameter_groups(
+                model.named_parameters(), config.optim.weight_decay, config.optim.decay
+            ),
+            lr=config.optim.lr,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+        )
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.core = accelerator.unwrap_model(self.model)
+        self.sampler = RoundSampler(
+            {name: len(dataset) for name, dataset in self.datasets.items()},
+            {name: task.batch_size or config.batch_size for name, task in config.tasks.items()},
+            num_frames=config.model.num_frames,
+            long_frames=config.long_frames,
+            long_share=config.long_share,
+            seed=config.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        self.ledger = FailureLedger(config.max_failed_share)
+        self.log: list[dict] = []
+
+    def _read_data(self, image_size: int) -> None:
+        config = self.config
+        store = FrameStore(image_size) if config.cache_in_memory else None
+        self.datasets: dict[str, VideoDataset] = {}
+        self.validation: dict[str, VideoDataset] = {}
+        self.objectives: dict[str, Objective] = {}
+        for name, task in config.tasks.items():
+            build = partial(build_dataset, task, name=name, image_size=image_size, store=store)
+            self.datasets[name] = build(task.train)
+            if task.val is not None:
+                self.validation[name] = build(task.val)
+                known, asked = self.datasets[name].label_sets, self.validation[name].label_sets
+                if dict(known) != dict(asked):
+                    raise ValueError(
+                        f"task {name!r}: label sets of train ({', '.join(known)}) and val "
+                        f"({', '.join(asked)}) differ; give both the same labels file"
+                    )
+            self.objectives[name] = build_objective(
+                task,
+                self.datasets[name],
+                renormalize_labels=config.model.renormalize_labels,
+                mask_duplicates=config.model.mask_duplicates,
+            )
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def fit(self, show: bool, stopped: list[int]) -> None:
+        """Run all updates from where the last checkpoint left off."""
+        config, total = self.config, self.config.optim.updates
+        self._resume()
+        batches = iter(self._loader())
+        self.model.train()
+        window = _Window()
+        bar = tqdm(total=total, initial=self.sampler.round, disable=not show, unit="update")
+        with bar:
+            while self.sampler.round < total:
+                self._update(batches, window)
+                done = self.sampler.round
+                bar.update()
+                bar.set_postfix(window.means(), refresh=False)
+                if done % config.log_every == 0 or done == total:
+                    self._record({"update": done, **window.close()})
+                if config.eval_every and done % config.eval_every == 0 and done < total:
+                    self._record({"update": done, "zero_shot": self.zero_shot()})
+                    self.model.train()
+                stop = self._any(bool(stopped))
+                if stop or done == total or (
+                    config.checkpoint_every and done % config.checkpoint_every == 0
+                ):
+                    self._save()
+                if stop and done < total:
+                    logger.warning("told to stop: saved update %d of %d and leave", done, total)
+                    raise Interrupted(128 + signal.SIGTERM)
+
+    def _update(self, batches: Iterator[tuple[str, Batch]], window: _Window) -> None:
+        """One round over all tasks and one step."""
+        config, accelerator, update = self.config, self.accelerator, self.sampler.round
+        torch.manual_seed(_mix(config.seed, update, accelerator.process_index))
+        rate = learning_rate(config.optim, update, self.clips_per_update)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        weights = {name: task.weight for name, task in config.tasks.items()}
+        whole, last, losses = sum(weights.values()), list(weights)[-1], {}
+        for name, weight in weights.items():
+            begun = time.perf_counter()
+            task, batch = next(batches)
+            window.waited += time.perf_counter() - begun
+            assert task == name, f"sampler gave {task!r} where {name!r} was due"
+            self.ledger.record(len(batch.entries), batch.errors)
+            reduce = contextlib.nullcontext() if name == last else accelerator.no_sync(self.model)
+            with reduce:
+                loss = self.model(batch.to(accelerator.device), name)
+                accelerator.backward(loss * (weight / whole))
+            losses[name] = loss.detach()
+        values = torch.stack(list(losses.values())).tolist()  # the one wait for the device
+        for name, value in zip(losses, values, strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"loss of task {name!r} is {value} at update {update} (rate {rate:g}); "
+                    f"checkpoints up to it are in {self.output / 'checkpoints'}. Lower optim.lr, "
+                    "set optim.clip_norm or use precision='fp32'"
+                )
+        if config.optim.clip_norm is not None:
+            accelerator.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.sampler.round += 1
+        window.add(dict(zip(losses, values, strict=True)), rate)
+
+    @property
+    def clips_per_update(self) -> int:
+        """Clips of all tasks and processes in one update."""
+        return sum(self.sampler.batch_size.values()) * self.sampler.world_size
+
+    def _loader(self) -> DataLoader:
+        config = self.config
+        size = next(iter(self.datasets.values())).reader.size
+        return DataLoader(
+            _Mixture(self.datasets),
+            batch_sampler=_Endless(self.sampler),
+            collate_fn=partial(_collate_task, size=size),
+            num_workers=config.num_workers,
+            persistent_workers=config.num_workers > 0,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def _any(self, flag: bool) -> bool:
+        """Whether any process says so; all processes must ask."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(gather_ranks(torch.tensor([flag], device=self.accelerator.device)).any())
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            state = {
+                "update": self.sampler.round,
+                "sampler": self.sampler.state_dict(),
+                "failures": self.ledger.state_dict(),
+                "log": self.log,
+            }
+            save_checkpoint(
+                self.output / "checkpoints",
+                self.core,
+                self.optimizer,
+                state,
+                self.config.keep_checkpoints,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        found = list_checkpoints(self.output / "checkpoints")
+        if not found:
+            return
+        state = load_checkpoint(found[-1], self.core, self.optimizer)
+        self.sampler.load_state_dict(state["sampler"])
+        self.ledger.load_state_dict(state["failures"])
+        self.log = state["log"]
+        logger.info("resumed %s at update %d", self.output, self.sampler.round)
+
+    def _record(self, line: dict) -> None:
+        self.log.append(line)
+        if self.accelerator.is_main_process:
+            text = "".join(json.dumps(item) + "\n" for item in self.log)
+            write_text(self.output / LOG_FILE, text)
+        if self.config.trackers:
+            self.accelerator.log(_flat(line), step=line["update"])
+
+    # -- results ----------------------------------------------------------------------------------
+
+    def zero_shot(self) -> dict[str, dict[str, float]]:
+        """Metrics of all tasks with validation data; on the main process, empty on others."""
+        results = {}
+        if self.accelerator.is_main_process:
+            self.core.eval()
+            for name, dataset in self.validation.items():
+                results[name] = evaluate(
+                    self.core.encode,
+                    dataset,
+                    self.objectives[name],
+                    self.core.tower,
+                    num_frames=self.config.model.num_frames,
+                    batch_size=self.config.tasks[name].batch_size or self.config.batch_size,
+                    num_workers=self.config.num_workers,
+                    device=self.accelerator.device,
+                )
+        self.accelerator.wait_for_everyone()
+        return results
+
+    def finish(self) -> None:
+        """Write model, alignment, card and metrics; the metrics last, they mark a whole folder."""
+        self.core.eval()
+        part = self.output / ".model.part"
+        shutil.rmtree(part, ignore_errors=True)
+        self.core.backbone.save_pretrained(part)
+        for file in part.iterdir():
+            os.replace(file, self.output / file.name)
+        part.rmdir()
+        write_json(
+            self.output / "alignment.json",
+            {
+                "tasks": list(self.objectives),
+                "log_scale": self.core.log_scale.tolist(),
+                "bias": self.core.bias.tolist(),
+            },
+        )
+        sizes = {name: len(dataset) for name, dataset in self.datasets.items()}
+        zero_shot = self.zero_shot()
+        write_text(self.output / "README.md", model_card(self.config, sizes, zero_shot))
+        lines = [line for line in self.log if "loss" in line]
+        write_json(
+            self.output / METRICS_FILE,
+            {
+                "zero_shot": zero_shot,
+                "loss": lines[-1]["loss"] if lines else {},
+                "updates": self.sampler.round,
+                "seconds": sum(line["seconds"] for line in lines),
+                "data_share": sum(line["waited"] for line in lines)
+                / max(sum(line["seconds"] for line in lines), 1e-9),
+                "clips": sizes,
+                "failures": self.ledger.state_dict(),
+            },
+        )
+
+
+class _Mixture(Dataset):
+    """All tasks' data sets as one, addressed by (task, draw)."""
+
+    def __init__(self, datasets: Mapping[str, VideoDataset]) -> None:
+        self.datasets = datasets
+
+    def __getitem__(self, key: tuple) -> tuple[str, Sample]:
+        task, draw = key
+        return task, self.datasets[task][draw]
+
+
+class _Endless:
+    """The sampler's batches as an iterable that can be started again."""
+
+    def __init__(self, sampler: RoundSampler) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[list]:
+        return self.sampler.batches()
+
+
+def _collate_task(items: list[tuple[str, Sample]], size: int) -> tuple[str, Batch]:
+    return items[0][0], collate([sample for _, sample in items], size)
+
+
+class _Window:
+    """What happened since the last line of the log."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self.begun, self.waited, self.rate = time.perf_counter(), 0.0, 0.0
+        self.sums: dict[str, float] = {}
+        self.count = 0
+
+    def add(self, losses: Mapping[str, float], rate: float) -> None:
+        self.count, self.rate = self.count + 1, rate
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        return {name: value / self.count for name, value in self.sums.items()}
+
+    def close(self) -> dict:
+        line = {
+            "loss": self.means(),
+            "lr": self.rate,
+            "seconds": time.perf_counter() - self.begun,
+            "waited": self.waited,
+        }
+        self._clear()
+        return line
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[list[int]]:
+    """A list that gets an entry when SIGTERM arrives; only the main thread can listen."""
+    received: list[int] = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    except ValueError:
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _finished(config: PretrainConfig, output: Path) -> bool:
+    """Whether the folder holds a finished run of this config; refuses one of another config."""
+    saved = output / CONFIG_FILE
+    if not saved.is_file():
+        return False
+    before, now = json.loads(saved.read_text()), json.loads(json.dumps(config.to_dict()))
+    before, now = _flat(before), _flat(now)
+    differing = sorted(
+        key for key in before.keys() | now.keys() if before.get(key) != now.get(key)
+    )
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"{output} holds a run of another config: {key} was {before.get(key)!r} and is now "
+            f"{now.get(key)!r} ({len(differing)} keys differ). Choose another output, or delete it"
+        )
+    return (output / METRICS_FILE).is_file()
+
+
+def _flat(value: Mapping, prefix: str = "") -> dict:
+    """Nested dicts as one, keys joined by slashes."""
+    flat = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flat(item, f"{prefix}{key}/")
+        else:
+            flat[prefix + key] = item
+    return flat
+
+
+def _mix(*numbers: int) -> int:
+    """One seed out of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
