@@ -83,10 +83,15 @@ def _turn(sign: int) -> Plan:
     return plan
 
 
+def _goal_ratio(rng: Random, radius: float, size: int) -> float:
+    """Logarithm of the ratio of a radius drawn from all to the present one."""
+    goal = math.exp(rng.uniform(math.log(SMALLEST * size), math.log(LARGEST * size)))
+    return math.log(goal / radius)
+
+
 def _resize(sign: int) -> Plan:
     def plan(rng: Random, poses, frames: int, size: int):
-        goal = math.exp(rng.uniform(math.log(SMALLEST * size), math.log(LARGEST * size)))
-        ratio = math.log(goal / poses[0][RADIUS])
+        ratio = _goal_ratio(rng, poses[0][RADIUS], size)
         if sign * ratio < math.log(1.35):
             return None
         track = hold(poses[0], frames)
@@ -141,11 +146,13 @@ def _bounce(rng: Random, poses, frames: int, size: int):
 
 
 def _pulse(rng: Random, poses, frames: int, size: int):
+    """To another size and back, several times."""
+    ratio = _goal_ratio(rng, poses[0][RADIUS], size)
+    if not math.log(1.35) <= abs(ratio) <= math.log(1.7):
+        return None
     beats = max(2, round(frames / 5))
     track = hold(poses[0], frames)
-    track[:, RADIUS] *= np.exp(
-        rng.uniform(0.22, 0.32) * np.sin(2 * math.pi * beats * progress(frames))
-    )
+    track[:, RADIUS] *= np.exp(ratio * np.sin(math.pi * beats * progress(frames)) ** 2)
     return [track]
 
 

@@ -144,16 +144,18 @@ def draw(
         radius = track[:, RADIUS, None, None].astype(np.float32)
         alpha = np.clip(0.5 - SHAPES[item.shape](x, y) * radius, 0, 1)
         alpha *= track[:, SHOWN, None, None].astype(np.float32)
+        where = alpha.nonzero()  # n pixels of all frames
         if item.camouflaged:
             # The patch moves, turns and grows with its shape: look up its texture in its own
-            # frame of reference, at the pose it rests in first.
+            # frame of reference, at the size it starts with.
             unit = np.float32(track[0, RADIUS])
             corner = rng.uniform(0.7 * size, side - 0.7 * size, 2)
-            paint = _lookup(canvas, x * unit + corner[0], y * unit + corner[1])
+            paint = _lookup(canvas, x[where] * unit + corner[0], y[where] * unit + corner[1])
         else:
             colour = np.array(COLOURS[item.colour]) / 255 + rng.uniform(-0.04, 0.04, 3)
             paint = colour.astype(np.float32)
-        picture += alpha[..., None] * (paint - picture)
+        below = picture[where]  # (n, 3)
+        picture[where] = below + alpha[where][:, None] * (paint - below)
         covered[index] = alpha > 0.5
     for index in range(len(items) - 1):
         covered[index] &= ~covered[index + 1 :].any(0)
@@ -189,7 +191,7 @@ def _view(canvas: np.ndarray, corners: np.ndarray, size: int) -> np.ndarray:
 
 
 def _lookup(canvas: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Bilinear samples of the canvas at ``(T, S, S)`` positions; outside, the nearest edge."""
+    """Bilinear samples ``(n, 3)`` of the canvas at ``(n,)`` positions; outside, the nearest edge."""
     limit = canvas.shape[0] - 2
     x, y = x.clip(0, limit), y.clip(0, limit)
     left, top = x.astype(int), y.astype(int)
