@@ -45,7 +45,7 @@ def train_windows(length: int, config: MatConfig, offset: int = 0) -> range:
 
 
 def work_indices(start: int, config: MatConfig) -> np.ndarray:
-    """Steps of work memory (W,) int64."""
+    """Steps of work memory (W,) int64; at a rate r its last r - 1 steps are not read."""
     return np.arange(start, start + config.work_steps, config.work_rate)
 
 
