@@ -138,7 +138,10 @@ def _perform(job: Job, params: WorldParams, root: Path) -> dict:
     rng, pixels = Random(seed), np.random.default_rng(seed)
     if job.kind == "still":
         return _perform_still(job, params, root / "stills", rng, pixels)
-    script = _write(job, params, rng)
+    try:
+        script = _write(job, params, rng)
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(f"miniworld cannot write {job.name}: {error}") from error
     frames, masks = _draw(script, params, pixels)
     home = root / f"{job.kind}s"
     write_video(home / "videos" / f"{job.name}.mp4", frames, params.fps, params.crf)

@@ -191,7 +191,7 @@ def _view(canvas: np.ndarray, corners: np.ndarray, size: int) -> np.ndarray:
 
 
 def _lookup(canvas: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Bilinear samples ``(n, 3)`` of the canvas at ``(n,)`` positions; outside, the nearest edge."""
+    """Bilinear samples ``(n, 3)`` at positions ``(n,)``; outside the canvas, its nearest edge."""
     limit = canvas.shape[0] - 2
     x, y = x.clip(0, limit), y.clip(0, limit)
     left, top = x.astype(int), y.astype(int)
