@@ -543,8 +543,8 @@ def broadcast(data: bytes, then_silence: bool = False):
 
 def test_a_live_stream_may_lose_packets(tmp_path: Path) -> None:
     data = bytearray(constant(tmp_path / "movie.ts", 60).read_bytes())
-    for packet in range(20, 28):  # of 188 bytes, a header first
-        data[188 * packet + 60 : 188 * (packet + 1)] = b"\xff" * 128
+    for packet in range(20, 40):  # of 188 bytes, padding first, the picture at the end
+        data[188 * packet + 158 : 188 * (packet + 1)] = b"\xff" * 30
     with broadcast(data) as url, open_video(url) as reader:
         frames = list(reader)
         assert reader.damaged
