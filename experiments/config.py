@@ -1,13 +1,14 @@
 """From the wishes of a user to one resolved config: a named or given file, and ``--set`` on top.
 
-A config is a plain Python file, read once by mmengine's ``Config`` (so ``_base_`` works), and a
-nested dict of plain values from then on. The packaged configs of a task are its schema: a key that
-none of them has is refused with the nearest known name.
+A config is a plain Python file of sections, read once by mmengine's ``Config`` (so ``_base_``
+works), and a nested dict of plain values from then on. What it leaves out gets the task's default.
+Known is what a packaged config or a default names; any other key is refused with the nearest.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -23,7 +24,10 @@ class UserError(ValueError):
 
 
 def load_config(
-    task: str, name_or_path: str = "miniworld", overrides: Iterable[str] = ()
+    task: str,
+    name_or_path: str = "miniworld",
+    overrides: Iterable[str] = (),
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Resolve a config of ``task`` to a nested dict of JSON values.
 
@@ -31,19 +35,37 @@ def load_config(
         task: folder of ``experiments/configs``, such as ``"oad"``.
         name_or_path: a packaged name (``"thumos14"``) or the path of a ``.py`` file.
         overrides: ``"a.b=value"`` each; the value is a Python literal, or else text.
+        defaults: section -> key -> value, for the sections that the config has.
 
     Raises:
-        UserError: no such config, a key that is not known, a value of another type.
+        UserError: no such config, a key that is not known, a value of another type, a key without
+            value.
     """
     path = find_config(task, name_or_path)
-    packaged = [flatten(_read(file)) for file in packaged_configs(task).values()]
-    schema = _schema(packaged)
+    defaults = _plain(defaults or {}, "defaults")
+    packaged = [_read(file) for file in packaged_configs(task).values()]
+    schema = _schema([flatten(defaults), *map(flatten, packaged)])
     config = _read(path)
     _refuse_unknown(flatten(config), schema, where=str(path))
+    for section in defaults.keys() & config.keys():
+        config[section] = {**defaults[section], **config[section]}
     for override in overrides:
         _apply(config, override, schema)
     _refuse_missing(config, packaged, where=str(path))
     return config
+
+
+def field_defaults(record: type, leave_out: Iterable[str] = ()) -> dict[str, Any]:
+    """Defaults of a dataclass, as a section for ``load_config``."""
+    values = {}
+    for field in dataclasses.fields(record):
+        if field.name in leave_out:
+            continue
+        if field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            values[field.name] = field.default_factory()
+    return values
 
 
 def find_config(task: str, name_or_path: str) -> Path:
@@ -86,19 +108,22 @@ def digest(config: Mapping[str, Any]) -> str:
 def _read(path: Path) -> dict[str, Any]:
     from mmengine.config import Config
 
-    values = Config.fromfile(str(path)).to_dict()
+    return _plain(Config.fromfile(str(path)).to_dict(), str(path))
+
+
+def _plain(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(values, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: {error}; a config holds numbers, texts, lists, dicts, True, False and None"
+            f"{where}: {error}; a config holds numbers, texts, lists, dicts, True, False and None"
         ) from error
 
 
-def _schema(packaged: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Every known key of a task, flat, with an example value (None only where all are None)."""
+def _schema(flats: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Every known key, flat, with an example value (None only where all are None)."""
     schema: dict[str, Any] = {}
-    for flat in packaged:
+    for flat in flats:
         schema.update({key: value for key, value in flat.items() if schema.get(key) is None})
     return schema
 
@@ -114,7 +139,7 @@ def _refuse_missing(
     config: Mapping[str, Any], packaged: Iterable[Mapping[str, Any]], where: str
 ) -> None:
     """Refuse a config without a key that every packaged config of the task has."""
-    common = set.intersection(*(set(flat) for flat in packaged))
+    common = set.intersection(*(set(flatten(other)) for other in packaged))
     present = tuple(f"{key}." for key in flatten(config))  # an open dict may have been filled
     missing = [
         key for key in sorted(common) if not any(found.startswith(f"{key}.") for found in present)
@@ -140,6 +165,11 @@ def _apply(config: dict[str, Any], override: str, schema: Mapping[str, Any]) -> 
     value = _literal(text)
     _refuse_unknown(flatten({key: value}), schema, where=f"--set {override}")
     *parents, leaf = key.split(".")
+    if parents and parents[0] not in config:
+        raise UserError(
+            f"--set {override}: this config has no section {parents[0]!r}; it has "
+            + ", ".join(repr(section) for section in config)
+        )
     inner = config
     for parent in parents:
         inner = inner.setdefault(parent, {})

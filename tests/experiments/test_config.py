@@ -1,11 +1,12 @@
 """Configs: names and paths, overrides, and refusals that name the mend."""
 
 import json
+from dataclasses import dataclass, field
 
 import pytest
 
 from experiments import config as module
-from experiments.config import UserError, digest, flatten, load_config
+from experiments.config import UserError, digest, field_defaults, flatten, load_config
 
 MINIWORLD = """
 data = dict(name="MINIWORLD", root=None, world=dict())
@@ -113,3 +114,24 @@ def test_digest_depends_on_values_and_not_on_order():
     a, b = {"x": 1, "y": {"z": [1, 2]}}, {"y": {"z": (1, 2)}, "x": 1}
     assert digest(a) == digest(b) == digest(json.loads(json.dumps(a)))
     assert digest(a) != digest({**a, "x": 2})
+
+
+def test_defaults_fill_the_sections_that_a_config_has_and_are_known():
+    @dataclass
+    class Train:
+        lr: float = 1.0
+        warmup: float = 10.0
+        stages: tuple[float, ...] | None = None
+        names: list = field(default_factory=lambda: ["a"])
+        needed: int = field(kw_only=True)
+
+    defaults = {"train": field_defaults(Train, leave_out=["names"]), "world": {"seed": 0}}
+    assert defaults["train"] == {"lr": 1.0, "warmup": 10.0, "stages": None}
+    config = load_config("oad", "miniworld", ["train.stages=(1, 2)"], defaults)
+    assert config["train"]["lr"] == 2e-3 and config["train"]["warmup"] == 10.0
+    assert config["train"]["stages"] == [1, 2]
+    assert "world" not in config
+    with pytest.raises(UserError, match="no section 'world'; it has 'data', 'train'"):
+        load_config("oad", "miniworld", ["world.seed=1"], defaults)
+    with pytest.raises(UserError, match=r"'train.warm' \(did you mean 'train.warmup'"):
+        load_config("oad", "miniworld", ["train.warm=1"], defaults)
