@@ -1,8 +1,8 @@
 """MAT weights on disk: the released checkpoints, and our own files.
 
-Released (MAT, and StreamFormer's `online_action_detection/*.pt`): a torch file with `epoch`,
-`model_state_dict` and `optimizer_state_dict`. `MatHead` keeps the names of its weights, so the
-table from their layout to ours is short:
+Released (MAT, and StreamFormer's ``online_action_detection/*.pt``): a torch file with ``epoch``,
+``model_state_dict`` and ``optimizer_state_dict``. ``MatHead`` keeps the names of its weights, so
+the table from their layout to ours is short:
 
     module.*             data-parallel prefix, removed if every key has it
     pos_encoding.pe      buffer (5000, 1, D), compared with the head's own positions, then dropped
@@ -40,12 +40,12 @@ def load_released(path: str | Path, config: MatConfig | None = None) -> MatHead:
     """Build a head in eval mode from a released checkpoint.
 
     Sizes are read off the shapes. Lengths, rates, groups, number of heads and activation leave no
-    trace in them: they come from `config`, by default those of THUMOS'14.
+    trace in them: they come from ``config``, by default those of THUMOS'14.
 
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: a file that is damaged or is no MAT checkpoint, or that differs from
-            `config` or from the model; fields and keys are named.
+            ``config`` or from the model; fields and keys are named.
     """
     path = Path(path)
     state = _read_released(path)
@@ -73,9 +73,9 @@ def load_released(path: str | Path, config: MatConfig | None = None) -> MatHead:
 
 
 def infer_fields(state: Mapping[str, Tensor], source: object) -> dict[str, Any]:
-    """Read the fields of `MatConfig` that leave a trace in a state dict's names and shapes.
+    """Read the fields of ``MatConfig`` that leave a trace in a state dict's names and shapes.
 
-    Raises CheckpointError, naming `source` and the keys, if it is not a MAT state dict.
+    Raises CheckpointError, naming ``source`` and the keys, if it is not a MAT state dict.
     """
     visual, decoder = "feature_head_work.visual_linear.0.weight", "dec_modules.layers.0.linear1"
     missing = [k for k in (visual, f"{decoder}.weight", "classifier.weight") if k not in state]
@@ -164,7 +164,7 @@ def _check_positions(table: Tensor, head: MatHead, path: Path) -> None:
 
 
 def save_head(head: MatHead, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
-    """Write weights, config and `notes` (JSON-able: classes, ignored column, …) to one file."""
+    """Write weights, config and ``notes`` (JSON-able: classes, ignored column, …) to one file."""
     metadata = {
         "format": FORMAT,
         "config": json.dumps(head.config.to_dict()),
@@ -176,7 +176,7 @@ def save_head(head: MatHead, path: str | Path, notes: Mapping[str, Any] | None =
 
 
 def load_head(path: str | Path) -> MatHead:
-    """Build a head in eval mode from a file of `save_head`.
+    """Build a head in eval mode from a file of ``save_head``.
 
     Raises:
         FileNotFoundError: no such file.
@@ -194,7 +194,7 @@ def load_head(path: str | Path) -> MatHead:
 
 
 def read_notes(path: str | Path) -> dict[str, Any]:
-    """Return what `save_head` was told to note; errors as `load_head`."""
+    """Return what ``save_head`` was told to note; errors as ``load_head``."""
     return json.loads(_read_own(path, weights=False)[0]["notes"])
 
 

@@ -10,9 +10,9 @@ Long tokens carry no position, so their keys and values stay true while the wind
 the learned queries ask never changes, so it is computed at the start. The rest of a step (W + A
 tokens through work decoder, generator and fusions) depends on positions in the moving window.
 
-From step W - 1 on, `push` returns the online protocol at batch size 1 (`protocols.online_scores`),
-because both call `protocols.newest_logits`; before, what that protocol gives with
-`opening="short"`. Letters as in `mat.py`, t for the steps of one push.
+From step W - 1 on, ``push`` returns the online protocol at batch size 1
+(``protocols.online_scores``), because both call ``protocols.newest_logits``; before, what that
+protocol gives with ``opening="short"``. Letters as in ``mat.py``, t for the steps of one push.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ WarmUp = Literal["short", "silent"]
 
 @dataclass(frozen=True)
 class Detection:
-    """What the detector says after each of t steps of B streams."""
+    """What the detector says after each of t steps of B streams.
+
+    Scores lie on the head's device, in float32 or wider; step and valid on the CPU.
+    """
 
     scores: Tensor  # (B, t, C) class probabilities of the step itself
     anticipation: Tensor  # (B, t, A, C): [:, :, k] for 1 + k * anticipation_rate steps later
@@ -55,7 +58,7 @@ class OnlineDetector:
         head: in eval mode. Its weights must not change while the detector lives.
         batch_size: number of streams, each at its own position.
         ignore_index: the target column that was not trained (THUMOS 21, TVSeries -100); for this
-            and for `softmax` see `mat.probabilities`.
+            and for ``softmax`` see ``mat.probabilities``.
         warmup: what to say in a stream's first W - 1 steps, while work memory fills. "short", the
             better one live, answers from the first step on: the head reads the steps there are, at
             positions 0, 1, ...; its later stages have met full windows only in training. "silent"
@@ -101,7 +104,7 @@ class OnlineDetector:
     def push(
         self, features: Tensor, motion: Tensor | None = None, rows: Sequence[int] | None = None
     ) -> Detection:
-        """Take the next step or steps of all streams, or of the `rows` named, and score them.
+        """Take the next step or steps of all streams, or of the ``rows`` named, and score them.
 
         features (B, Dv) or (B, t, Dv), motion likewise (B, Dm) or (B, t, Dm) for a two-stream head.
         Raises ValueError for a wrong shape, another number of streams, or values that are not
@@ -126,7 +129,7 @@ class OnlineDetector:
         )
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
-        """Begin anew, all streams or the `rows` named; others go on undisturbed."""
+        """Begin anew, all streams or the ``rows`` named; others go on undisturbed."""
         self._seen[slice(None) if rows is None else list(rows)] = 0
 
     @property
@@ -145,7 +148,7 @@ class OnlineDetector:
         return {"positions": torch.from_numpy(self._seen.copy()), **rings}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where the streams of `state` stood; head, batch size and chunk must be the same.
+        """Go on where the streams of ``state`` stood; head, batch size and chunk must be the same.
 
         Raises ValueError with the name and shapes of a tensor that does not fit; nothing is
         changed then.
@@ -211,10 +214,11 @@ class OnlineDetector:
             ring[row, torch.from_numpy(steps % ring.shape[1])] = new
 
     def _speak(self, rows: list[int], steps: np.ndarray) -> Tensor:
-        """Probabilities (B, c, 1 + A, C) after each of the steps (B, c) of streams `rows`."""
+        """Probabilities (B, c, 1 + A, C) after each of the steps (B, c) of streams ``rows``."""
         c = self.head.config
         shape = (*steps.shape, 1 + c.anticipation_tokens, c.num_classes)
-        said = self._rings.work.new_zeros(shape)
+        dtype = torch.promote_types(self._rings.work.dtype, torch.float32)
+        said = self._rings.work.new_zeros(shape, dtype=dtype)
         loud = steps >= self._first_step  # (B, c)
         if loud.any():
             stream = np.broadcast_to(np.array(rows)[:, None], steps.shape)[loud]

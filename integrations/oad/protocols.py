@@ -14,7 +14,7 @@ work tokens have seen later steps and its anticipation tokens count as detection
 with nothing but itself.
 
 All windows are computed as at batch size 1: each decides its long-memory path for itself, whatever
-`MatConfig.long_grouping` says about training batches.
+``MatConfig.long_grouping`` says about training batches.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Opening = Literal["window", "short"]
 
 
 def train_windows(length: int, config: MatConfig, offset: int = 0) -> range:
-    """Starts of the windows of a video of `length` steps, side by side from `offset` on.
+    """Starts of the windows of a video of ``length`` steps, side by side from ``offset`` on.
 
     Training draws the offset anew from 0..W-1 each epoch; evaluation uses 0. Kept while
-    `start + W < length - A`, a strict comparison as in the release: a window that would end
+    ``start + W < length - A``, a strict comparison as in the release: a window that would end
     exactly with the video is dropped.
     """
     span = config.work_steps + config.anticipation_steps
@@ -68,7 +68,7 @@ def future_indices(start: int, config: MatConfig, length: int) -> np.ndarray:
 def long_indices_train(start: int, config: MatConfig) -> np.ndarray:
     """Steps of long memory in training (L,) int64: evenly spread over what there is, truncated.
 
-    Early in a video steps repeat; only repetitions of step 0 are masked (`padding_mask`).
+    Early in a video steps repeat; only repetitions of step 0 are masked (``padding_mask``).
     """
     low = max(0, start - config.long_steps)
     spread = np.linspace(low, max(0, start - 1), config.long_tokens)
@@ -78,8 +78,8 @@ def long_indices_train(start: int, config: MatConfig) -> np.ndarray:
 def long_indices_eval(start: int | np.ndarray, config: MatConfig) -> np.ndarray:
     """Steps of long memory in evaluation (..., L) int64, for one start or an array of them.
 
-    Every `long_rate`-th step from the range's beginning, padded in front with zeros. Until
-    start = `long_steps` the grid hangs on step 0; from there on it moves with the window.
+    Every ``long_rate``-th step from the range's beginning, padded in front with zeros. Until
+    start = ``long_steps`` the grid hangs on step 0; from there on it moves with the window.
     """
     start = np.asarray(start, dtype=np.int64)[..., None]  # (..., 1)
     low = np.maximum(0, start - config.long_steps)
@@ -107,8 +107,8 @@ def newest_logits(
 ) -> Tensor:
     """What an online detector says after each of n steps, (n, 1 + A, C): now, then anticipated.
 
-    `steps` holds embedded steps (B, S, .) with step i at slot i modulo S: a whole video, or the
-    rings of a live detector. `rows` (n,) says which of the B streams, `newest` (n,) int64 its
+    ``steps`` holds embedded steps (B, S, .) with step i at slot i modulo S: a whole video, or the
+    rings of a live detector. ``rows`` (n,) says which of the B streams, ``newest`` (n,) int64 its
     newest step. Before W steps have arrived, work memory is shorter, at positions 0..newest.
     """
     c = head.config
@@ -172,15 +172,15 @@ def online_scores(
 ) -> OnlineScores:
     """Score one video of features (T, Dv) and motion (T, Dm) by the online protocol.
 
-    `softmax`: see `mat.probabilities`. `opening` says who scores the first steps:
+    ``softmax``: see ``mat.probabilities``. ``opening`` says who scores the first steps:
 
     - "window" (the published protocol): the first full window scores all its steps at once, so
       steps before W - 1 have seen up to W - 1 steps of their future; in horizon k, steps before W
       get these detection scores, and steps up to W + k the first window's nearest anticipation.
-    - "short": each step by itself with the work memory there is, as `OnlineDetector` does live.
+    - "short": each step by itself with the work memory there is, as ``OnlineDetector`` does live.
       Causal from the first step on; anticipation of steps that nothing could precede is 0.
 
-    A video shorter than W steps has no full window and is always scored "short". `batch_windows`
+    A video shorter than W steps has no full window and is always scored "short". ``batch_windows``
     trades memory for speed and changes nothing else. Raises ValueError for wrong shapes, an empty
     video, an unknown rule or a head in training mode.
     """
@@ -228,7 +228,7 @@ def window_scores(
     softmax: Softmax = "trained",
     batch_windows: int = 16,
 ) -> WindowScores:
-    """Score one video by the window protocol; arguments and errors as `online_scores`."""
+    """Score one video by the window protocol; arguments and errors as ``online_scores``."""
     c = head.config
     steps = _embed_video(head, features, motion)
     starts = np.array(train_windows(steps.work.shape[1], c), dtype=np.int64)
@@ -245,7 +245,7 @@ def window_scores(
 def _window_logits(
     head: MatHead, steps: Embedded, starts: np.ndarray, questions: Questions
 ) -> Tensor:
-    """Final-stage logits (n, W + A, C) of all tokens of full windows; `steps` holds one stream."""
+    """Final-stage logits (n, W + A, C) of all tokens of full windows of the stream in ``steps``."""
     c = head.config
     rows = torch.zeros(len(starts), dtype=torch.long, device=steps.work.device)
     work = _take(steps.work, rows, starts[:, None] + work_indices(0, c))

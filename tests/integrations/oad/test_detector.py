@@ -155,6 +155,15 @@ def test_the_ignored_column_gets_nothing_unless_asked(make_head, small_config):
         torch.testing.assert_close(found.scores.sum(-1), torch.ones(1, LENGTH))
 
 
+def test_half_precision_heads_give_float32_scores(make_head, small_config):
+    head = make_head(small_config).to(torch.bfloat16)
+    found = OnlineDetector(head, ignore_index=4).push(torch.randn(1, 12, 6))
+    assert found.scores.dtype == found.anticipation.dtype == torch.float32
+    torch.testing.assert_close(found.scores.sum(-1), torch.ones(1, 12))
+    scores = online_scores(head, torch.randn(12, 6), ignore_index=4)
+    assert scores.detection.dtype == torch.float32
+
+
 def test_memory_does_not_grow_with_the_stream(make_head, small_config):
     head = make_head(small_config)
     detector = OnlineDetector(head, ignore_index=4, chunk=3)

@@ -300,7 +300,36 @@ def test_detect_returns_the_last_rows_of_decode(make_head, small_config, small_i
             torch.testing.assert_close(part, whole[:, -rows:], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [1, 9])
+def test_a_shorter_work_memory_is_that_of_a_smaller_head(
+    make_head, small_config, small_inputs, masked
+):
+    head = make_head(small_config)
+    mask = padding(*[masked] * 4, length=12)
+    for tokens in (1, 4):
+        small = MatHead(replace(small_config, work_steps=tokens)).eval()
+        small.load_state_dict(head.state_dict())
+        expected = small(small_inputs[:, : 12 + tokens], padding_mask=mask)
+        steps = head.embed(small_inputs)
+        long = [kv[:, :12] for kv in steps.long]
+        found = head.decode(steps.work[:, 12 : 12 + tokens], long, mask)
+        for a, b in zip(found.work, expected.work, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="18 work tokens, expected 1..6"):
+        head.decode(steps.work, long, mask)
+
+
 # ----- variants
+
+
+def test_one_refinement_is_the_first_of_two(make_head, small_config, small_inputs):
+    two = make_head(small_config)
+    one = MatHead(replace(small_config, refinements=1)).eval()
+    one.load_state_dict({k: two.state_dict()[k] for k in one.state_dict()})
+    a, b = one(small_inputs), two(small_inputs)
+    assert (len(a.work), len(a.future)) == (2, 1)
+    for found, expected in zip(a.work + a.future, b.work[:2] + b.future[:1], strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_without_long_memory_the_work_stack_is_an_encoder(make_head, small_config):
