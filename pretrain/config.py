@@ -147,7 +147,7 @@ class PretrainConfig:
     output: folder of the run. tasks: by name, in the order they take turns.
     image_size: pixels of a square frame; None takes the SigLIP model's.
     batch_size: clips per task, update and process.
-    long_share: chance of a mini-batch to have ``long_frames`` frames a clip: train as you stream.
+    long_share: share of mini-batches with ``long_frames`` frames a clip: train as you stream.
     cache_in_memory: keep decoded videos as uint8, for sets of small videos; no workers then.
     num_workers: processes that decode.
     max_failed_share: clips that may fail to decode before the run stops.

@@ -177,6 +177,10 @@ class _Run:
             num_frames=config.model.num_frames,
             long_frames=config.long_frames,
             long_share=config.long_share,
+            long_entries={
+                name: dataset.lasting(config.long_frames) if config.long_share else ()
+                for name, dataset in self.datasets.items()
+            },
             seed=config.seed,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,

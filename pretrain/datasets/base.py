@@ -111,6 +111,11 @@ class VideoDataset(Dataset):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def lasting(self, num_frames: int) -> list[int]:
+        """Entries whose videos give clips of ``num_frames`` without padding."""
+        reader = self.reader
+        return [i for i, e in enumerate(self.entries) if reader.lasts(e.video, num_frames)]
+
     def __getitem__(self, draw: Draw) -> Sample:
         """Decode the drawn clip; a video that cannot be read gives a sample with its error."""
         entry = self.entries[draw.index]

@@ -102,6 +102,22 @@ class ClipReader:
         frames, times = self._read(path, num_frames, rng, end)
         return self.augment(frames, self.size, rng), times
 
+    def lasts(self, path: Path, num_frames: int) -> bool:
+        """Whether a clip of ``num_frames`` can be cut from a video without padding.
+
+        Only "consecutive" clips need it; videos that cannot be read do not last.
+        """
+        if self.sampling != "consecutive":
+            return True
+        try:
+            if self.store is not None:
+                length = len(self.store.get(path)[1])
+            else:
+                length = count_frames(path)[0]
+        except (ClipError, video.VideoError, OSError):
+            return False
+        return (num_frames - 1) * self.stride < length
+
     def _read(
         self, path: Path, num_frames: int, rng: np.random.Generator | None, end: float | None
     ) -> tuple[Tensor, np.ndarray]:
