@@ -5,10 +5,11 @@
 >>> features = stream.push(frame)            # frame (1, 3, H, W), normalised
 """
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForVideoClassification
 
 from .cache import StreamingCache
 from .checkpoints import CheckpointError, lift_siglip, load_released
+from .classification import StreamformerForVideoClassification
 from .configuration import StreamformerConfig
 from .encoders import (
     EncoderStream,
@@ -24,6 +25,9 @@ from .modeling import StreamformerModel
 
 AutoConfig.register(StreamformerConfig.model_type, StreamformerConfig, exist_ok=True)
 AutoModel.register(StreamformerConfig, StreamformerModel, exist_ok=True)
+AutoModelForVideoClassification.register(
+    StreamformerConfig, StreamformerForVideoClassification, exist_ok=True
+)
 
 __all__ = [
     "CheckpointError",
@@ -32,6 +36,7 @@ __all__ = [
     "SiglipEncoder",
     "StreamformerConfig",
     "StreamformerEncoder",
+    "StreamformerForVideoClassification",
     "StreamformerModel",
     "StreamingCache",
     "VideoEncoder",

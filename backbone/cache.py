@@ -21,7 +21,7 @@ Promises, each with a test of the same name:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
@@ -67,17 +67,20 @@ class StepPlan:
     """How the next frames meet the ring; the same for every layer, so made once per step.
 
     Attributes:
-        mode: ``append`` writes first and then reads slots ``[:visible]``; ``concat`` reads the ring
-            beside the new frames and writes afterwards, for chunks that overwrite what they need.
-        slots: slot of each new frame, ``(B, t)``; the same run in all rows if ``start`` is set.
-        start: first slot written when all rows write the same contiguous run, else None.
+        reads_first: False to store the new frames and then read slots ``[:visible]``; True to read
+            the ring beside the new frames and store them afterwards, for a chunk that overwrites
+            what its own first frames still need.
+        kept: new frames that are stored, the last ones (a chunk may be longer than the ring).
+        run: slots that they take when these are one run, the same in all rows; else None.
+        scatter: else row and slot of each, ``(B, 1)`` and ``(B, kept)``, on the device.
         visible: slots read.
         mask: boolean ``(1 or B, t, keys)``, or None when every key may be seen.
     """
 
-    mode: str
-    slots: Tensor
-    start: int | None
+    reads_first: bool
+    kept: int
+    run: slice | None
+    scatter: tuple[Tensor, Tensor] | None
     visible: int
     mask: Tensor | None
 
@@ -95,6 +98,9 @@ class StreamingCache:
         segment: frames after which a stream forgets (policy ``reset``); None for never.
         dtype: type of the stored keys and values.
         device: where they live.
+
+    Raises:
+        ValueError: for a window or a segment below 1.
     """
 
     def __init__(
@@ -111,22 +117,21 @@ class StreamingCache:
         device: torch.device | str = "cpu",
     ) -> None:
         bounds = [bound for bound in (window, segment) if bound is not None]
+        if bounds and min(bounds) < 1:
+            raise ValueError(f"window={window}, segment={segment}: a frame always sees itself")
         self.window, self.segment = window, segment
         self.span = min(bounds) if bounds else None
-        capacity = self.span or _FIRST_CAPACITY
-        store = torch.zeros(
-            num_layers, 2, batch_size, num_patches, num_heads, capacity, head_dim,
-            dtype=dtype, device=device,
-        )  # fmt: skip
-        self._memory = _Memory(store, [0] * batch_size)
+        capacity = _FIRST_CAPACITY if self.span is None else self.span
+        shape = (num_layers, 2, batch_size, num_patches, num_heads, capacity, head_dim)
+        self._memory = _Memory(_empty_store(shape, dtype, device), [0] * batch_size)
         self._rows: list[int] | None = None
 
-    # -- what a stream is -------------------------------------------------------------------------
+    # -- what a stream is ---------------------------------------------------------------------
 
     @property
     def batch_size(self) -> int:
         """Streams that the next call must bring a frame for."""
-        return len(self._memory.positions) if self._rows is None else len(self._rows)
+        return len(self._active)
 
     @property
     def positions(self) -> list[int]:
@@ -137,6 +142,12 @@ class StreamingCache:
     def num_patches(self) -> int:
         """Patches of a frame, fixed when the stream began."""
         return self._memory.store.shape[3]
+
+    @property
+    def made_for(self) -> tuple[int, int, int]:
+        """Layers, heads and head width of the model whose keys and values these are."""
+        shape = self._memory.store.shape
+        return shape[0], shape[4], shape[6]
 
     @property
     def memory_bytes(self) -> int:
@@ -154,31 +165,41 @@ class StreamingCache:
         return self._memory.store.dtype
 
     @property
-    def _active(self) -> Sequence[int]:
-        return range(len(self._memory.positions)) if self._rows is None else self._rows
+    def _active(self) -> list[int]:
+        return list(range(len(self._memory.positions))) if self._rows is None else self._rows
+
+    @property
+    def _index(self) -> slice | list[int]:
+        """The rows as an index; a slice where possible, for it reads without a copy."""
+        rows = self._active
+        adjacent = rows == list(range(rows[0], rows[0] + len(rows)))
+        return slice(rows[0], rows[0] + len(rows)) if adjacent else rows
 
     def rows(self, rows: Sequence[int]) -> StreamingCache:
         """Some of the streams, sharing this memory: feed it when only these have a new frame.
 
+        Args:
+            rows: their numbers in the whole batch, in the order in which their frames come.
+
         Raises:
-            ValueError: when a row is not one of the batch, or named twice.
+            ValueError: no row, one that is not of the batch, or one named twice.
         """
-        total = len(self._memory.positions)
-        if len(set(rows)) != len(rows) or not all(0 <= row < total for row in rows):
-            raise ValueError(f"rows={list(rows)}: give each of 0..{total - 1} at most once")
+        rows, total = [int(row) for row in rows], len(self._memory.positions)
+        if not rows or len(set(rows)) != len(rows) or not all(0 <= row < total for row in rows):
+            raise ValueError(f"rows={rows}: name some of the streams 0 to {total - 1}, each once")
         view = copy(self)  # the memory itself is shared
-        view._rows = list(rows)
+        view._rows = rows
         return view
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Let streams start anew at frame 0; all of them unless ``rows`` names some."""
-        rows = list(self._active if rows is None else self.rows(rows)._active)
+        streams = self if rows is None else self.rows(rows)
         # Unwritten slots are masked, but a masked NaN would still poison the sum: erase.
-        self._memory.store[:, :, rows] = 0
-        for row in rows:
+        self._memory.store[:, :, streams._index] = 0
+        for row in streams._active:
             self._memory.positions[row] = 0
 
-    # -- one step ---------------------------------------------------------------------------------
+    # -- one step -----------------------------------------------------------------------------
 
     def plan(self, num_new: int) -> StepPlan:
         """Decide where ``num_new`` frames of every stream go and what they may see."""
@@ -186,31 +207,38 @@ class StreamingCache:
         queries = positions[:, None] + torch.arange(num_new)  # (B, t)
         self._reserve(int(queries.max()) + 1)
         capacity = self._memory.store.shape[5]
-        together = bool((positions == positions[0]).all())
-        first, last = int(queries[0, 0]), int(queries.max())
-        turns = last >= capacity  # some new frame overwrites an older one
-        if num_new == 1 or not turns:
-            visible = min(last + 1, capacity)
-            keys = _frames_in_ring(queries[:, -1] + 1, capacity)[:, :visible]
-            slots = queries % capacity
-            start = int(slots[0, 0]) if together else None
-            mask = attendable(queries, keys, self.window, self.segment)
-            if together and num_new == 1:
-                # Only slots 0..k may be seen at the start of a segment: read those, without a mask.
-                seen = int(mask[0, 0].sum())
-                if bool(mask[0, 0, :seen].all()):
-                    return StepPlan("append", slots, start, seen, None)
-            return StepPlan("append", slots, start, visible, self._compact(mask))
-        visible = min(int(positions.max()), capacity)
-        keys = torch.cat([_frames_in_ring(positions, capacity)[:, :visible], queries], dim=1)
-        mask = attendable(queries, keys, self.window, self.segment)  # (B, t, visible + t)
-        kept = queries[:, -capacity:]
-        start = first % capacity if together and num_new < capacity else None
-        if start is not None and start + kept.shape[1] > capacity:
-            start = None
-        return StepPlan("concat", kept % capacity, start, visible, self._compact(mask))
+        # A single frame only ever overwrites the one that has just left its sight.
+        reads_first = num_new > 1 and int(queries.max()) >= capacity
+        seen = positions if reads_first else positions + num_new
+        visible = min(int(seen.max()), capacity)
+        keys = _frames_in_ring(seen, capacity)[:, :visible]  # (B, visible)
+        if reads_first:
+            keys = torch.cat([keys, queries], dim=1)  # (B, visible + t)
+        mask = attendable(queries, keys, self.window, self.segment)  # (B, t, keys)
+        if bool((mask == mask[:1]).all()):
+            mask = mask[:1]
+        if mask.shape[:2] == (1, 1) and not reads_first:
+            # Only the first slots may be seen (a segment has begun): read no others.
+            allowed = int(mask.sum())
+            if bool(mask[..., :allowed].all()):
+                mask, visible = mask[..., :allowed], allowed
+        kept = min(num_new, capacity)
+        slots = queries[:, -kept:] % capacity  # (B, kept)
+        first = int(slots[0, 0])
+        run = slice(first, first + kept)
+        is_run = bool((slots == torch.arange(run.start, run.stop)).all())
+        return StepPlan(
+            reads_first=reads_first,
+            kept=kept,
+            run=run if is_run else None,
+            scatter=None if is_run else self._scatter(slots),
+            visible=visible,
+            mask=None if bool(mask.all()) else mask.to(self.device),
+        )
 
-    def extend(self, layer: int, plan: StepPlan, keys: Tensor, values: Tensor) -> tuple:
+    def extend(
+        self, layer: int, plan: StepPlan, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values and return all that the new frames may read.
 
         Args:
@@ -223,14 +251,13 @@ class StreamingCache:
             Keys and values ``(B, N, A, S, d)`` to attend to under ``plan.mask``.
         """
         store = self._memory.store[layer]  # (2, B, N, A, slots, d), a view
-        if plan.mode == "append":
+        if not plan.reads_first:
             self._write(store, plan, keys, values)
-            read = self._read(store, plan.visible)
-            return read[0], read[1]
-        past = self._read(store, plan.visible)
-        joined = torch.cat([past[0], keys], dim=3), torch.cat([past[1], values], dim=3)
-        kept = plan.slots.shape[1]
-        self._write(store, plan, keys[..., -kept:, :], values[..., -kept:, :])
+        past_keys, past_values = store[:, self._index, :, :, : plan.visible]
+        if not plan.reads_first:
+            return past_keys, past_values
+        joined = torch.cat([past_keys, keys], dim=3), torch.cat([past_values, values], dim=3)
+        self._write(store, plan, keys[..., -plan.kept :, :], values[..., -plan.kept :, :])
         return joined
 
     def advance(self, num_new: int) -> None:
@@ -239,103 +266,122 @@ class StreamingCache:
             self._memory.positions[row] += num_new
 
     def _write(self, store: Tensor, plan: StepPlan, keys: Tensor, values: Tensor) -> None:
-        if self._rows is None and plan.start is not None:
-            slots = slice(plan.start, plan.start + plan.slots.shape[1])
-            store[0, :, :, :, slots] = keys
-            store[1, :, :, :, slots] = values
-            return
-        rows = torch.tensor(list(self._active), device=store.device)[:, None]  # (B, 1)
-        slots = plan.slots.to(store.device)  # (B, t)
         for kind, new in enumerate((keys, values)):
-            store[kind].permute(0, 3, 1, 2, 4)[rows, slots] = new.permute(0, 3, 1, 2, 4)
+            if plan.run is not None:
+                store[kind, self._index, :, :, plan.run] = new.to(store.dtype)
+            else:
+                by_slot = store[kind].permute(0, 3, 1, 2, 4)  # (B, slots, N, A, d), a view
+                by_slot[plan.scatter] = new.permute(0, 3, 1, 2, 4).to(store.dtype)
 
-    def _read(self, store: Tensor, visible: int) -> Tensor:
-        if self._rows is not None:
-            store = store[:, self._rows]
-        return store[..., :visible, :]
-
-    def _compact(self, mask: Tensor) -> Tensor | None:
-        """Drop what a mask does not need: all of it where all is allowed, rows that are alike."""
-        if bool(mask.all()):
-            return None
-        if bool((mask == mask[:1]).all()):
-            mask = mask[:1]
-        return mask.to(self.device)
+    def _scatter(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.tensor(self._active)[:, None]  # (B, 1)
+        return rows.to(self.device), slots.to(self.device)
 
     def _reserve(self, frames: int) -> None:
         """Without a window the ring never turns: double it until ``frames`` fit."""
-        capacity = self._memory.store.shape[5]
+        store = self._memory.store
+        capacity = store.shape[5]
         if self.span is not None or frames <= capacity:
             return
         while capacity < frames:
             capacity *= 2
-        grown = self._memory.store.new_zeros(
-            *self._memory.store.shape[:5], capacity, self._memory.store.shape[6]
+        grown = _empty_store(
+            (*store.shape[:5], capacity, store.shape[6]), store.dtype, store.device
         )
-        grown[..., : self._memory.store.shape[5], :] = self._memory.store
+        grown[..., : store.shape[5], :] = store
         self._memory.store = grown
 
-    # -- save and restore -------------------------------------------------------------------------
+    # -- save and restore ---------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything a stream needs to go on, as tensors that safetensors can write."""
+        """Everything these streams need to go on, as tensors that safetensors can write.
+
+        Of a view (:meth:`rows`) it holds the streams of the view alone.
+        """
         bounds = [-1 if bound is None else bound for bound in (self.window, self.segment)]
+        used = min(max(self.positions), self._memory.store.shape[5])
         return {
-            "keys_values": self._memory.store.clone(),
-            "positions": torch.tensor(self._memory.positions),
+            "keys_values": self._memory.store[:, :, self._index, :, :, :used].clone(
+                memory_format=torch.contiguous_format
+            ),
+            "positions": torch.tensor(self.positions),
             "bounds": torch.tensor(bounds),
         }
 
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Let these streams go on where those of ``state`` stood; of a view, only its rows.
+
+        Raises:
+            ValueError: not such a state, or one of another window, model, frame size or number of
+                streams; nothing has changed then.
+        """
+        _check_state(state)
+        for name, bound in zip(("window", "segment"), state["bounds"].tolist(), strict=True):
+            saved = None if bound < 0 else bound
+            if saved != getattr(self, name):
+                raise ValueError(
+                    f"the saved streams have {name}={saved}, these have "
+                    f"{name}={getattr(self, name)}; build the encoder with the same setting"
+                )
+        saved, positions = state["keys_values"], state["positions"].tolist()
+        store, most = self._memory.store, max(positions)
+        used = most if self.span is None else min(most, self.span)
+        expected = (*store.shape[:2], self.batch_size, *store.shape[3:5], used, store.shape[6])
+        if (tuple(saved.shape), saved.dtype) != (expected, store.dtype):
+            raise ValueError(
+                "(layers, 2, rows, patches, heads, slots, head width) of the saved streams is "
+                f"{tuple(saved.shape)} in {saved.dtype}, here {expected} in {store.dtype}; they "
+                "belong to another model, frame size or number of streams"
+            )
+        self._reserve(most)
+        self.reset(self._active)
+        self._memory.store[:, :, self._index, :, :, :used] = saved.to(self.device)
+        for row, position in zip(self._active, positions, strict=True):
+            self._memory.positions[row] = position
+
     @classmethod
     def from_state_dict(
-        cls, state: dict[str, Tensor], device: torch.device | str | None = None
+        cls, state: Mapping[str, Tensor], device: torch.device | str | None = None
     ) -> StreamingCache:
         """Rebuild a cache from :meth:`state_dict`, on ``device`` if given.
 
         Raises:
-            ValueError: when entries are missing or foreign.
+            ValueError: not such a state, or a damaged one.
         """
-        expected = {"keys_values", "positions", "bounds"}
-        if set(state) != expected:
-            raise ValueError(
-                f"not the state of a StreamingCache: it holds {sorted(state)}, expected "
-                f"{sorted(expected)}"
-            )
-        store = state["keys_values"]
-        layers, _, batch, patches, heads, capacity, width = store.shape
-        window, segment = (None if b < 0 else b for b in state["bounds"].tolist())
+        _check_state(state)
+        saved = state["keys_values"]
+        layers, _, batch, patches, heads, _, width = saved.shape
+        window, segment = (None if bound < 0 else bound for bound in state["bounds"].tolist())
         cache = cls(
             layers, batch, patches, heads, width,
-            window=window, segment=segment, dtype=store.dtype, device="meta",
+            window=window, segment=segment, dtype=saved.dtype, device=device or saved.device,
         )  # fmt: skip
-        if cache.span is not None and cache.span != capacity:
-            raise ValueError(
-                f"the saved ring has {capacity} slots but window={window}, segment={segment} need "
-                f"{cache.span}: the file is damaged"
-            )
-        cache._memory.store = store.to(device if device is not None else store.device, copy=True)
-        cache._memory.positions = state["positions"].tolist()
+        cache.load_state_dict(state)
         return cache
 
-    def must_match(self, other: StreamingCache) -> None:
-        """Refuse to stand in for ``other``: ValueError when made for another model or size."""
-        for name in ("window", "segment"):
-            if getattr(self, name) != getattr(other, name):
-                raise ValueError(
-                    f"the saved streams have {name}={getattr(self, name)}, this encoder has "
-                    f"{name}={getattr(other, name)}; build it with the same setting"
-                )
-        mine, theirs = (
-            [*s[:5], s[6]] for s in (self._memory.store.shape, other._memory.store.shape)
-        )
-        if mine != theirs:
-            raise ValueError(
-                f"the saved streams have (layers, 2, rows, patches, heads, head width) {mine}, "
-                f"this encoder {theirs}; they belong to another model or frame size"
-            )
+
+def _empty_store(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    # A tensor born in inference mode could not be written outside of it, by a later reset, say.
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _frames_in_ring(seen: Tensor, capacity: int) -> Tensor:
     """Frame in each slot after ``seen`` ``(B,)`` frames: ``(B, capacity)``, negative if empty."""
     last = seen[:, None] - 1  # (B, 1)
     return last - (last - torch.arange(capacity)) % capacity
+
+
+def _check_state(state: Mapping[str, Tensor]) -> None:
+    expected = {"keys_values", "positions", "bounds"}
+    if set(state) != expected:
+        raise ValueError(
+            f"not the state of a StreamingCache: it holds {sorted(state)}, expected "
+            f"{sorted(expected)}"
+        )
+    shape, positions = tuple(state["keys_values"].shape), state["positions"].tolist()
+    if len(shape) != 7 or len(positions) != shape[2] or min(positions, default=-1) < 0:
+        raise ValueError(
+            f"the state of a StreamingCache is damaged: keys and values {shape} for streams at "
+            f"{positions}"
+        )

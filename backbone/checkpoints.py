@@ -11,7 +11,9 @@ import argparse
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, SiglipVisionConfig, SiglipVisionModel
 from transformers.utils import cached_file
 
 from .configuration import StreamformerConfig
-from .lora import add_lora
-from .modeling import StreamformerModel
+from .lora import add_lora, freeze_wrapped, merge_lora
+from .modeling import StreamformerModel, StreamformerPreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +102,24 @@ LIFT_CREATES = (
 # Released config keys -> ours, where the name differs. Others of the same name are taken over.
 RELEASED_CONFIG = {"enable_causal_temporal": "causal"}
 
+# Fields of a SigLIP vision config that ours has under the same name.
+SIGLIP_CONFIG = (
+    "image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers",
+    "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps",
+)  # fmt: skip
+
+# The head of a classification model: the one part that a file may lack or have too much.
+HEAD = r"(fc_norm|classifier)\.(weight|bias)"
+
+# In front of the keys of a whole model, absent from those of its image or video tower alone.
+PREFIX = r"^(vision_model|timesformer)\."
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
+OWN_FIELDS = tuple(StreamformerConfig.__annotations__)
+HUB_OPTIONS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+)  # fmt: skip
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is damaged or is not what it was taken for."""
@@ -132,59 +152,58 @@ def lift_siglip(
     """
     _known_fields(config_fields)
     hub = dict(hub or {})
-    config = AutoConfig.from_pretrained(source, **hub)
-    vision = getattr(config, "vision_config", config)
-    if vision.model_type != "siglip_vision_model":
-        raise CheckpointError(
-            f"{source}: model_type is {config.model_type!r}; lifting needs a SigLIP image tower "
-            "('siglip' or 'siglip_vision_model')"
-        )
-    shared = [
-        "image_size",
-        "patch_size",
-        "num_channels",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "hidden_act",
-        "layer_norm_eps",
-    ]
-    fields = {name: getattr(vision, name) for name in shared}
+    vision = _siglip_config(source, hub)
+    fields = {name: getattr(vision, name) for name in SIGLIP_CONFIG}
     fields["attention_probs_dropout_prob"] = vision.attention_dropout
     model = StreamformerModel(
         StreamformerConfig(**{**fields, "num_frames": num_frames, **config_fields})
     )
-    foreign = {
-        key.removeprefix("vision_model."): value
-        for key, value in read_weights(source, **hub).items()
-    }
-    state = rename(foreign, SIGLIP_RENAMES, SIGLIP_DROPS, source)
-    state["embeddings.position_embedding"] = (
-        state["embeddings.position_embedding"][None]
-        if ("embeddings.position_embedding" in state)
-        else torch.empty(0)
-    )
-    load_strict(
-        model, _join_qkv(state), source, layout="a SigLIP image tower", created=LIFT_CREATES
-    )
+    weights = read_weights(source, **hub)
+    state = _join_qkv(rename(weights, SIGLIP_RENAMES, SIGLIP_DROPS, source))
+    if "embeddings.position_embedding" in state:
+        state["embeddings.position_embedding"] = state["embeddings.position_embedding"][None]
+    load_strict(model, state, source, layout="a SigLIP image tower", created=LIFT_CREATES)
     if lora_rank:
         add_lora(model, lora_rank)
-        model.config.lora_rank = lora_rank
-    return model
+    return model.eval()
+
+
+def load_siglip(source: str | Path, *, hub: Mapping[str, Any] | None = None) -> SiglipVisionModel:
+    """Load the image tower of a ``SiglipModel`` or ``SiglipVisionModel``, strictly.
+
+    Raises:
+        CheckpointError: as :func:`lift_siglip`.
+    """
+    hub = dict(hub or {})
+    model = SiglipVisionModel(_siglip_config(source, hub))
+    prefix = "vision_model." if hasattr(model, "vision_model") else ""  # older transformers
+    tower = {key: key for key in ("embeddings.", "encoder.", "post_layernorm.", "head.")}
+    state = rename(read_weights(source, **hub), tower, SIGLIP_DROPS, source)
+    state = {prefix + key: value for key, value in state.items()}
+    load_strict(model, state, source, layout="a SigLIP image tower")
+    return model.eval()
 
 
 def load_released(
-    source: str | Path, *, hub: Mapping[str, Any] | None = None, **config_fields: Any
-) -> StreamformerModel:
+    source: str | Path,
+    *,
+    model_class: type[StreamformerPreTrainedModel] = StreamformerModel,
+    dtype: torch.dtype | None = torch.float32,
+    hub: Mapping[str, Any] | None = None,
+    **config_fields: Any,
+) -> StreamformerPreTrainedModel:
     """Load weights in the layout of the released StreamFormer checkpoints.
 
     Takes a folder or hub id with ``config.json``, or a bare training checkpoint (``.pth`` holding
-    ``model``); with or without the ``timesformer.`` prefix and with or without LoRA keys. A
-    ``num_frames`` other than the file's resizes the time table linearly.
+    ``model``); with or without the ``timesformer.`` prefix and with or without LoRA keys. Asking
+    for another ``num_frames`` or ``lora_rank`` than the file's changes the loaded model, see
+    :func:`adapt`.
 
     Args:
         source: folder, file, or hub id.
+        model_class: the encoder alone, or with its classification head, which starts fresh when
+            the file has none.
+        dtype: type of the model's weights; None for the file's.
         hub: arguments for fetching from the hub (``revision``, ``token``, ``cache_dir``).
         config_fields: fields of :class:`StreamformerConfig` that replace the file's. A bare file
             states no ``num_attention_heads``: it is taken as ``hidden_size / 64`` unless given.
@@ -194,33 +213,159 @@ def load_released(
     """
     _known_fields(config_fields)
     hub = dict(hub or {})
-    weights = {
-        key.removeprefix("timesformer."): value
-        for key, value in read_weights(source, **hub).items()
-    }
-    state = rename(weights, {**RELEASED_RENAMES, **RELEASED_LORA}, RELEASED_DROPS, source)
+    weights = read_weights(source, **hub)
+    renames = {**RELEASED_RENAMES, **RELEASED_LORA}
+    state = rename(weights, renames, RELEASED_DROPS, source)
     fields = _shapes_say(state, source)
-    if Path(source).suffix not in (".pth", ".pt", ".bin", ".safetensors"):
-        fields = {**_released_config(source, hub), **_only(fields, "num_frames", "lora_rank")}
-    wanted = {**fields, **config_fields}
-    state = _resize_time_table(state, wanted["num_frames"])
-    rank = fields["lora_rank"]
-    if rank:
+    if not Path(source).is_file():
+        told = _only(fields, "num_frames", "lora_rank", "num_labels")
+        fields = {**_released_config(source, hub), **told}
+    asked = {name: config_fields.pop(name, fields[name]) for name in ("num_frames", "lora_rank")}
+    if fields["lora_rank"]:
         state = _name_lora_bases(state)
-    model = StreamformerModel(StreamformerConfig(**{**wanted, "lora_rank": rank}))
-    load_strict(model, state, source, layout="a released StreamFormer checkpoint")
-    return model.eval()
+    model = model_class(StreamformerConfig(**{**fields, **config_fields}))
+    state = _place_head(state, model)
+    load_strict(model, state, source, layout="a released StreamFormer checkpoint", created=HEAD)
+    adapt(model, **asked)
+    return model.eval().to(dtype or next(iter(state.values())).dtype)
 
 
-def is_released(source: str | Path, hub: Mapping[str, Any] | None = None) -> bool:
-    """Whether a folder, file or hub id is in the released layout, by its config's model type."""
-    path = Path(source)
-    if path.is_file():
-        return path.suffix in (".pth", ".pt")
-    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-    wanted = {name: hub[name] for name in names if name in hub} if hub else {}
-    config, _ = PretrainedConfig.get_config_dict(source, **wanted)
-    return config.get("model_type") == "timesformer"
+def adapt(model: StreamformerPreTrainedModel, num_frames: int, lora_rank: int) -> None:
+    """Change, in place, what needs no other weights.
+
+    Args:
+        model: any model with this encoder.
+        num_frames: the time table is resized linearly to as many rows.
+        lora_rank: adapters without effect are added where there were none; 0 merges them.
+
+    Raises:
+        ValueError: another rank than that of the adapters there are.
+    """
+    config, embeddings = model.config, model.base_model.embeddings
+    if num_frames != config.num_frames and embeddings.time_embedding is not None:
+        logger.warning("time table resized from %d to %d frames", config.num_frames, num_frames)
+        table = embeddings.time_embedding.detach()  # (1, F, D)
+        resized = nn.functional.interpolate(
+            table.float().transpose(1, 2), size=num_frames, mode="linear", align_corners=True
+        )
+        embeddings.time_embedding = nn.Parameter(resized.transpose(1, 2).to(table.dtype))
+    config.num_frames = num_frames
+    if config.lora_rank and lora_rank == 0:
+        merge_lora(model)
+    elif lora_rank != config.lora_rank:
+        if config.lora_rank:
+            raise ValueError(
+                f"lora_rank={lora_rank}: the checkpoint's adapters have rank {config.lora_rank}; "
+                "leave it out to keep them, or pass lora_rank=0 to merge them"
+            )
+        add_lora(model, lora_rank)
+    freeze_wrapped(model)
+
+
+# -- behind from_pretrained -----------------------------------------------------------------------
+
+
+def is_released(source: str | Path, options: Mapping[str, Any] | None = None) -> bool:
+    """Whether a folder, file or hub id is in the released layout, by its config's model type.
+
+    Args:
+        source: what to look at; a bare file of weights can be of no other layout.
+        options: of ``from_pretrained``; those for fetching from the hub are used.
+
+    Raises:
+        CheckpointError: a path where nothing is, or a checkpoint of another model.
+    """
+    _must_exist(source)
+    if Path(source).is_file():
+        return True
+    config, _ = PretrainedConfig.get_config_dict(source, **_only(options or {}, *HUB_OPTIONS))
+    kind = config.get("model_type", StreamformerConfig.model_type)
+    if kind not in ("timesformer", StreamformerConfig.model_type):
+        hint = "; backbone.lift_siglip makes a video encoder of it" if "siglip" in kind else ""
+        raise CheckpointError(f"{source} is no StreamFormer: its model_type is {kind!r}{hint}")
+    return kind == "timesformer"
+
+
+def from_released(
+    model_class: type[StreamformerPreTrainedModel], source: str | Path, **options: Any
+) -> Any:
+    """``from_pretrained`` for the released layout: its usual options, or a refusal by name.
+
+    Raises:
+        TypeError: an option that has no meaning here.
+        ValueError: a ``device_map`` that is not one device.
+    """
+    wants_info = options.pop("output_loading_info", False)
+    hub = _only(options, *HUB_OPTIONS)
+    dtype = options.pop("dtype", None) or options.pop("torch_dtype", None) or torch.float32
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else getattr(torch, dtype)
+    device = options.pop("device_map", None) or "cpu"
+    if not isinstance(device, (str, torch.device)) or device in ("auto", "balanced"):
+        raise ValueError(
+            f"device_map={device!r}: released checkpoints load onto one device, such as 'cuda:0'; "
+            "to spread one, save_pretrained it and load that"
+        )
+    fields = {name: value for name, value in options.items() if name not in HUB_OPTIONS}
+    model = load_released(source, model_class=model_class, dtype=dtype, hub=hub, **fields)
+    model.to(device)
+    info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+    return (model, info) if wants_info else model
+
+
+def from_own(load: Callable[..., tuple], source: str | Path, *args: Any, **options: Any) -> Any:
+    """``from_pretrained`` for this layout: transformers' ``load``, made strict.
+
+    Transformers fills what a file lacks with random numbers and a warning; an encoder that is to
+    be frozen must not be filled up so.
+
+    Raises:
+        CheckpointError: missing, unexpected or misshapen keys, or a file that cannot be read.
+    """
+    wants_info = options.pop("output_loading_info", False)
+    hub, config = _only(options, *HUB_OPTIONS), options.pop("config", None)
+    stored = StreamformerConfig.from_pretrained(source, **hub)
+    if not isinstance(config, PretrainedConfig):
+        config, options = StreamformerConfig.from_pretrained(
+            config or source, return_unused_kwargs=True, **options
+        )
+        options |= hub
+    asked = {"num_frames": config.num_frames, "lora_rank": config.lora_rank}
+    config = deepcopy(config)
+    config.num_frames, config.lora_rank = stored.num_frames, stored.lora_rank
+    options["ignore_mismatched_sizes"] = True  # they are reported below, by name
+    try:
+        model, info = load(source, *args, config=config, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{source}: the weights cannot be read: {error}. Are they truncated? Copy or download "
+            "them again"
+        ) from error
+    _refuse(
+        source,
+        "StreamFormer's own layout",
+        missing=[key for key in sorted(info["missing_keys"]) if not re.fullmatch(HEAD, key)],
+        unexpected=[key for key in sorted(info["unexpected_keys"]) if not re.fullmatch(HEAD, key)],
+        misshapen=[
+            f"{key} {tuple(found)} instead of {tuple(expected)}"
+            for key, found, expected in sorted(info["mismatched_keys"])
+        ],
+    )
+    adapt(model, **asked)
+    return (model, info) if wants_info else model
+
+
+def _place_head(state: dict[str, Tensor], model: StreamformerPreTrainedModel) -> dict[str, Tensor]:
+    """The classification head stays where it is, the rest goes where the model keeps its encoder.
+
+    A model without a head does without it.
+    """
+    if model.base_model is model:
+        return {key: value for key, value in state.items() if not re.fullmatch(HEAD, key)}
+    if not any(re.fullmatch(HEAD, key) for key in state):
+        logger.warning("the checkpoint has no classification head: it starts fresh")
+    prefix = f"{model.base_model_prefix}."
+    return {key if re.fullmatch(HEAD, key) else prefix + key: value for key, value in state.items()}
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -234,23 +379,43 @@ def read_weights(source: str | Path, **hub: Any) -> dict[str, Tensor]:
     Raises:
         CheckpointError: no weights there, or a file that cannot be read (truncated, say).
     """
-    path = Path(source)
-    if path.is_file():
-        return _read_file(path)
-    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
-        if found is None:
-            continue
-        if not name.endswith(".json"):
-            return _read_file(Path(found))
-        shards = sorted(set(json.loads(Path(found).read_text())["weight_map"].values()))
-        state: dict[str, Tensor] = {}
-        for shard in shards:
-            state |= _read_file(Path(cached_file(source, shard, **hub)))
-        return state
+    _must_exist(source)
+    if Path(source).is_file():
+        return _read_file(Path(source))
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (found := _find(source, name, hub)) is not None:
+            return _read_file(found)
+        if (found := _find(source, f"{name}.index.json", hub)) is not None:
+            return _read_shards(source, found, hub)
     raise CheckpointError(
-        f"{source}: no weights; expected model.safetensors (or its shards) or pytorch_model.bin"
+        f"{source}: no weights; expected model.safetensors or pytorch_model.bin, or their shards"
     )
+
+
+def _find(source: str | Path, name: str, hub: Mapping[str, Any]) -> Path | None:
+    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if found is None else Path(found)
+
+
+def _read_shards(source: str | Path, index: Path, hub: Mapping[str, Any]) -> dict[str, Tensor]:
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{index} is no index of weights: {error}") from error
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        if (found := _find(source, shard, hub)) is None:
+            raise CheckpointError(f"{source}: {shard}, named by {index.name}, is not there")
+        state |= _read_file(found)
+    return state
+
+
+def _must_exist(source: str | Path) -> None:
+    """Refuse a path where nothing is, before it is taken for a hub id (``owner/name``)."""
+    text = str(source)
+    is_path = isinstance(source, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1
+    if (is_path or Path(text).suffix in WEIGHT_FILES) and not Path(text).exists():
+        raise CheckpointError(f"{source}: no such file or folder (seen from {Path.cwd()})")
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -260,13 +425,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         # Training checkpoints carry their command line; a namespace of plain values is harmless.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # damaged pickles raise a dozen kinds that share no other base
         raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read: {error}. Is it truncated? "
-            "Copy or download it again"
+            f"{path} ({path.stat().st_size} bytes) cannot be read as plain tensors: "
+            f"{str(error).partition(chr(10))[0]} If it is truncated, copy or download it again"
         ) from error
-    except Exception as error:  # pickle's refusals share no base class
-        raise CheckpointError(f"{path} is not a checkpoint of plain tensors: {error}") from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
@@ -285,13 +448,20 @@ def rename(
 ) -> dict[str, Tensor]:
     """Apply a layout's table: rename, drop; what no row knows keeps its name and fails to load.
 
+    Args:
+        state: tensors under their foreign names.
+        renames: start of a foreign key -> what stands there in ours; "#" is a layer number.
+        drops: start of a foreign key -> why it is not needed.
+        source: named in errors.
+
     Raises:
-        CheckpointError: when nothing in the file is known to the table.
+        CheckpointError: when nothing in the file is known to the table, or a key comes twice.
     """
     patterns = [(_pattern(old), new) for old, new in renames.items()]
     dropped = [_pattern(old) for old in drops]
     result, known = {}, 0
-    for key, value in state.items():
+    for foreign, value in state.items():
+        key = re.sub(PREFIX, "", foreign)
         if any(pattern.match(key) for pattern in dropped):
             continue
         for pattern, new in patterns:
@@ -299,6 +469,8 @@ def rename(
                 key = new.replace("#", next(iter(match.groups()), "")) + key[match.end() :]
                 known += 1
                 break
+        if key in result:
+            raise CheckpointError(f"{source} holds {key} twice, once as {foreign}")
         result[key] = value
     if not known:
         first = ", ".join(list(state)[:3]) or "nothing"
@@ -331,33 +503,37 @@ def load_strict(
         CheckpointError: missing, unexpected or misshapen keys, the first few of each by name.
     """
     own = model.state_dict()
-    missing = [k for k in own if k not in state and not (created and re.fullmatch(created, k))]
-    unexpected = [key for key in state if key not in own]
-    misshapen = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in state
-        if key in own and state[key].shape != own[key].shape
-    ]
-    problems = [
-        f"{len(keys)} {kind}: {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
-        for kind, keys in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", misshapen),
-        )  # fmt: skip
-        if keys
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{source} does not fit {layout} of this config (keys under our names): "
-            + "; ".join(problems)
-        )
+    _refuse(
+        source,
+        layout,
+        missing=[k for k in own if k not in state and not (created and re.fullmatch(created, k))],
+        unexpected=[key for key in state if key not in own],
+        misshapen=[
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in state
+            if key in own and state[key].shape != own[key].shape
+        ],
+    )
     broken = [key for key, value in state.items() if not value.isfinite().all()]
     if broken:
         raise CheckpointError(
             f"{source} holds values that are not finite, in {', '.join(broken[:3])}"
         )
     model.load_state_dict(dict(state), strict=False)
+
+
+def _refuse(source: object, layout: str, **problems: list[str]) -> None:
+    """Raise a CheckpointError that names the first few keys of each problem, if there is one."""
+    found = [
+        f"{len(keys)} {kind}: {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
+        for kind, keys in problems.items()
+        if keys
+    ]
+    if found:
+        raise CheckpointError(
+            f"{source} does not fit {layout} with this config (keys under our names): "
+            + "; ".join(found)
+        )
 
 
 def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -377,18 +553,19 @@ def _name_lora_bases(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {wrapped.sub(r"\1.base_layer.\2", key): value for key, value in state.items()}
 
 
-def _resize_time_table(state: dict[str, Tensor], num_frames: int) -> dict[str, Tensor]:
-    table = state["embeddings.time_embedding"]  # (1, F, D)
-    if table.shape[1] == num_frames:
-        return state
-    logger.warning("time table resized from %d to %d frames", table.shape[1], num_frames)
-    resized = nn.functional.interpolate(
-        table.float().transpose(1, 2), size=num_frames, mode="linear", align_corners=True
-    )
-    return {**state, "embeddings.time_embedding": resized.transpose(1, 2).to(table.dtype)}
-
-
 # -- configs --------------------------------------------------------------------------------------
+
+
+def _siglip_config(source: str | Path, hub: Mapping[str, Any]) -> SiglipVisionConfig:
+    _must_exist(source)
+    config = AutoConfig.from_pretrained(source, **hub)
+    vision = getattr(config, "vision_config", config)
+    if vision.model_type != "siglip_vision_model":
+        raise CheckpointError(
+            f"{source}: model_type is {config.model_type!r}; needed is a SigLIP image tower "
+            "('siglip' or 'siglip_vision_model')"
+        )
+    return vision
 
 
 def _released_config(source: str | Path, hub: Mapping[str, Any]) -> dict[str, Any]:
@@ -399,12 +576,13 @@ def _released_config(source: str | Path, hub: Mapping[str, Any]) -> dict[str, An
             f"{source}: attention_type={kind!r}; only 'divided_space_time' is supported "
             "(the released code's other modes do not run)"
         )
-    own = StreamformerConfig().to_dict()
     renamed = {RELEASED_CONFIG.get(key, key): value for key, value in raw.items()}
-    skipped = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype"}
-    fields = {key: value for key, value in renamed.items() if key in own and key not in skipped}
+    fields = _only(renamed, *OWN_FIELDS)
     fields.setdefault("causal", False)  # what the released code assumes where its config is silent
     fields.setdefault("hidden_act", "gelu")
+    size = fields.get("image_size")
+    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+        fields["image_size"] = size[0]
     return fields
 
 
@@ -422,8 +600,9 @@ def _shapes_say(state: Mapping[str, Tensor], source: object) -> dict[str, Any]:
         )
     width, channels, patch, _ = state["embeddings.patch_embedding.weight"].shape
     grid = round(state["embeddings.position_embedding"].shape[1] ** 0.5)
-    numbers = [int(key.split(".")[1]) for key in state if key.startswith("layers.")]
+    numbers = [int(match[1]) for key in state if (match := re.match(r"layers\.(\d+)\.", key))]
     adapters = [value for key, value in state.items() if "qkv.lora_A" in key]
+    classes = "classifier.weight"
     return {
         "image_size": grid * patch,
         "patch_size": patch,
@@ -435,19 +614,18 @@ def _shapes_say(state: Mapping[str, Tensor], source: object) -> dict[str, Any]:
         "hidden_act": "gelu",
         "num_frames": state["embeddings.time_embedding"].shape[1],
         "lora_rank": adapters[0].shape[0] if adapters else 0,
+        **({"num_labels": state[classes].shape[0]} if classes in state else {}),
     }
 
 
 def _only(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: fields[name] for name in names}
+    return {name: fields[name] for name in names if name in fields}
 
 
 def _known_fields(fields: Mapping[str, Any]) -> None:
-    from difflib import get_close_matches
-
-    known = set(StreamformerConfig().to_dict())
+    known = {*OWN_FIELDS, "num_labels", "attn_implementation"}
     for name in fields:
         if name not in known:
             near = get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise TypeError(f"StreamformerConfig has no field {name!r}{hint}")
+            raise TypeError(f"{name!r} is no field of StreamformerConfig{hint}")

@@ -5,12 +5,12 @@ StreamFormer adds is time: how many frames the time table knows, what a frame ma
 where in the table a frame lands once a stream has outrun it.
 """
 
+from difflib import get_close_matches
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
-
-TEMPORAL_POSITIONS = ("hold", "cycle", "reset", "nearest")
+from transformers.activations import ACT2FN
 
 
 @strict
@@ -46,6 +46,9 @@ class StreamformerConfig(PretrainedConfig):
             ``nearest`` stretches the table over the clip, as the released code does: it makes early
             frames depend on how many follow, so it refuses to stream.
         lora_rank: rank of the LoRA adapters on spatial attention; 0 for none.
+        classifier_dropout: dropout before the classifier of a classification model (training only).
+        released_pooling: in a classification model, pool tokens in the order of the released code,
+            which mixes frames; its published recognition numbers and fine-tuned weights need it.
     """
 
     model_type = "streamformer"
@@ -70,9 +73,17 @@ class StreamformerConfig(PretrainedConfig):
     window: int | None = None
     temporal_positions: Literal["hold", "cycle", "reset", "nearest"] = "hold"
     lora_rank: int = 0
+    classifier_dropout: float | int = 0.0
+    released_pooling: bool = False
 
     def validate_architecture(self) -> None:
-        """Check fields against each other; raises ValueError naming both values."""
+        """Check fields, alone and against each other; raises ValueError naming the values."""
+        for name in (
+            "image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers",
+            "num_attention_heads", "intermediate_size", "num_frames",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of "
@@ -82,9 +93,16 @@ class StreamformerConfig(PretrainedConfig):
             raise ValueError(
                 f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
             )
-        for name in ("num_frames", "num_hidden_layers", "patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in (
+            "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate",
+            "classifier_dropout",
+        ):  # fmt: skip
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is no rate between 0 and 1")
+        if self.hidden_act not in ACT2FN:
+            near = get_close_matches(self.hidden_act, ACT2FN, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown to transformers{hint}")
         if self.window is not None and self.window < 1:
             raise ValueError(
                 f"window={self.window}: a frame always sees itself, so window is at least 1 "

@@ -15,10 +15,10 @@ every task of the suite runs with it.
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
 from .cache import StreamingCache
-from .checkpoints import CheckpointError
+from .checkpoints import load_siglip
 from .fusion import fuse
 from .modeling import StreamformerModel
 
@@ -47,6 +47,15 @@ class FrameFeatures:
     patch_tokens: Tensor
     frame_embeddings: Tensor
     layers: dict[int, Tensor] = field(default_factory=dict)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of all weights: models of one kind that share it give the same numbers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class VideoEncoder(nn.Module, ABC):
@@ -72,7 +81,7 @@ class VideoEncoder(nn.Module, ABC):
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, clip: Tensor, layers: Sequence[int] = ()) -> FrameFeatures:
         """Encode whole clips.
 
@@ -91,7 +100,10 @@ class VideoEncoder(nn.Module, ABC):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the encoder's numbers, as JSON: kept beside every result."""
+        """Everything that decides the encoder's numbers, as JSON: kept beside every result.
+
+        Weights by their digest, not by the folder that they happen to lie in.
+        """
 
     @abstractmethod
     def _features(
@@ -103,8 +115,17 @@ class VideoEncoder(nn.Module, ABC):
         """
 
     def _new_memory(self, batch_size: int, height: int, width: int) -> StreamingCache | None:
-        """Memory for streams of frames of this size; None for an encoder that needs none."""
+        """Memory for streams of frames of this size; None for an encoder that needs none.
+
+        An encoder may bring its own kind, with the methods ``rows``, ``reset``, ``state_dict`` and
+        ``load_state_dict`` and the property ``memory_bytes`` of :class:`StreamingCache`.
+        """
         return None
+
+    def _fingerprint(self) -> Tensor:
+        """Digest of the settings, ``(16,)`` uint8: a saved stream goes on with the same only."""
+        settings = json.dumps(self.settings(), sort_keys=True).encode()
+        return torch.tensor(list(hashlib.blake2b(settings, digest_size=16).digest())).byte()
 
     @property
     def device(self) -> torch.device:
@@ -119,15 +140,6 @@ class VideoEncoder(nn.Module, ABC):
     def train(self, mode: bool = True) -> VideoEncoder:
         """Stay in eval mode: an encoder is frozen, also inside a model that trains."""
         return super().train(False)
-
-    @cached_property
-    def weights_digest(self) -> str:
-        """Digest of all weights: two encoders that share it give the same numbers."""
-        digest = hashlib.blake2b(digest_size=16)
-        for key, value in sorted(self.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
 
     def _layer_numbers(self, layers: Sequence[int]) -> dict[int, int]:
         count = self.num_layers + 1
@@ -148,6 +160,12 @@ class VideoEncoder(nn.Module, ABC):
             raise ValueError(
                 f"frames of type {frames.dtype}; expected normalised floats "
                 "(backbone.video.preprocess makes them of uint8 images)"
+            )
+        height, width = frames.shape[3:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"frames of {height} x {width} pixels do not divide into patches of "
+                f"{self.patch_size}; resize or crop them first (backbone.video.preprocess)"
             )
         # On a GPU this test would wait for the device in every step.
         if frames.device.type == "cpu" and not frames.isfinite().all():
@@ -179,7 +197,7 @@ class EncoderStream:
         self._size: tuple[int, int] | None = None
         self._seen = [0] * batch_size
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def push(self, frames: Tensor, rows: Sequence[int] | None = None) -> FrameFeatures:
         """Encode the next frame or frames of all streams, or of the ``rows`` named.
 
@@ -191,37 +209,33 @@ class EncoderStream:
             ValueError: another number of streams or another size of frames than the stream began
                 with, a wrong shape, or values that are not finite. The stream goes on unharmed.
         """
+        chosen = self._chosen(rows)
         frames = self.encoder._prepare(frames.unsqueeze(1) if frames.ndim == 4 else frames)
-        expected = self.batch_size if rows is None else len(rows)
-        if frames.shape[0] != expected:
+        if frames.shape[0] != len(chosen):
             raise ValueError(
-                f"frames for {frames.shape[0]} streams, expected {expected}; name the streams "
+                f"frames for {frames.shape[0]} streams, expected {len(chosen)}; name the streams "
                 "that have new frames with rows=[...]"
             )
         size = (frames.shape[3], frames.shape[4])
-        if self._size is None:
-            self._memory = self.encoder._new_memory(self.batch_size, *size)
-            self._size = size
-        elif size != self._size:
-            raise ValueError(
-                f"frames of {size[0]} x {size[1]} pixels in a stream of {self._size[0]} x "
-                f"{self._size[1]}; resize them, or begin a new stream"
-            )
-        memory = self._memory
-        if memory is not None and rows is not None:
-            memory = memory.rows(rows)
-        features = self.encoder._features(frames, memory, self._layers)
-        for row in range(self.batch_size) if rows is None else rows:
+        memory = self._memory_for(size)
+        fed = memory if memory is None or rows is None else memory.rows(chosen)
+        features = self.encoder._features(frames, fed, self._layers)
+        self._memory, self._size = memory, size
+        for row in chosen:
             self._seen[row] += frames.shape[1]
         return features
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
-        """Begin anew, all streams or the ``rows`` named; others go on undisturbed."""
+        """Begin anew, all streams or the ``rows`` named; others go on undisturbed.
+
+        When all begin anew, the next frames may be of another size.
+        """
+        chosen = self._chosen(rows)
         if rows is None:
             self._size = self._memory = None
         elif self._memory is not None:
-            self._memory.reset(rows)
-        for row in range(self.batch_size) if rows is None else rows:
+            self._memory.reset(chosen)
+        for row in chosen:
             self._seen[row] = 0
 
     @property
@@ -234,47 +248,81 @@ class EncoderStream:
         """Bytes kept between frames; 0 before the first one."""
         return 0 if self._memory is None else self._memory.memory_bytes
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that the streams need to go on elsewhere, as tensors that safetensors can write."""
-        size = self._size or (0, 0)
-        state = {"positions": torch.tensor(self._seen), "size": torch.tensor(size)}
+    def state_dict(self, rows: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """All that the streams need to go on elsewhere, as tensors that safetensors can write.
+
+        With ``rows``, these streams alone: a stream can leave one batch and join another.
+        """
+        chosen = self._chosen(rows)
+        state = {
+            "encoder": self.encoder._fingerprint(),
+            "positions": torch.tensor([self._seen[row] for row in chosen]),
+            "size": torch.tensor(self._size or (0, 0)),
+        }
         if self._memory is not None:
-            state |= {f"memory.{key}": value for key, value in self._memory.state_dict().items()}
+            memory = self._memory.rows(chosen).state_dict()
+            state |= {f"memory.{key}": value for key, value in memory.items()}
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where the streams of ``state`` stood; the encoder must be the same.
+    def load_state_dict(
+        self, state: Mapping[str, Tensor], rows: Sequence[int] | None = None
+    ) -> None:
+        """Go on where the streams of ``state`` stood, all here or in the ``rows`` named.
 
         Raises:
-            ValueError: a state of another batch size or of a differently made memory.
+            ValueError: a state of another encoder, number of streams or size of frames.
         """
-        positions = state["positions"].tolist()
-        if len(positions) != self.batch_size:
+        chosen = self._chosen(rows)
+        if not {"encoder", "positions", "size"} <= set(state):
+            raise ValueError(f"not the state of a stream: it holds {sorted(state)}")
+        positions, size = state["positions"].tolist(), tuple(state["size"].tolist())
+        if len(positions) != len(chosen):
             raise ValueError(
-                f"the state holds {len(positions)} streams, this one has {self.batch_size}; "
-                f"begin it with stream(batch_size={len(positions)})"
+                f"the state holds {len(positions)} streams, asked for {len(chosen)}; begin with "
+                f"stream(batch_size={len(positions)}), or name as many with rows=[...]"
             )
-        size = tuple(state["size"].tolist())
-        memory = {
-            key.removeprefix("memory."): value
-            for key, value in state.items()
-            if key.startswith("memory.")
-        }
-        expected = self.encoder._new_memory(self.batch_size, *size) if all(size) else None
-        if (expected is None) != (not memory):
-            raise ValueError(f"the state was not saved by an encoder like {self.encoder.name}")
-        if memory:
-            restored = StreamingCache.from_state_dict(memory, device=self.encoder.device)
-            restored.must_match(expected)
-            self._memory = restored
+        if not torch.equal(state["encoder"].cpu(), self.encoder._fingerprint()):
+            raise ValueError(
+                f"the state was saved by another encoder than {self.encoder.name} with "
+                f"{self.encoder.settings()}; build the same one, with the same settings"
+            )
+        if not all(size):  # saved before the first frame
+            self.reset(rows)
+            return
+        if rows is None:
+            memory = self.encoder._new_memory(self.batch_size, *size)
         else:
-            self._memory = None
-        self._size = size if all(size) else None
-        self._seen = positions
+            memory = self._memory_for(size)
+        if memory is not None:
+            start = len("memory.")
+            saved = {key[start:]: value for key, value in state.items() if key[:start] == "memory."}
+            memory.rows(chosen).load_state_dict(saved)
+        self._memory, self._size = memory, size
+        for row, position in zip(chosen, positions, strict=True):
+            self._seen[row] = position
+
+    def _chosen(self, rows: Sequence[int] | None) -> list[int]:
+        every = range(self.batch_size)
+        chosen = list(every) if rows is None else [int(row) for row in rows]
+        if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(every):
+            raise ValueError(
+                f"rows={chosen}: name some of the streams 0 to {self.batch_size - 1}, each once"
+            )
+        return chosen
+
+    def _memory_for(self, size: tuple[int, int]) -> StreamingCache | None:
+        if self._size is None:
+            return self.encoder._new_memory(self.batch_size, *size)
+        if size != self._size:
+            raise ValueError(
+                f"frames of {size[0]} x {size[1]} pixels in a stream of {self._size[0]} x "
+                f"{self._size[1]}; resize them, or begin a new stream"
+            )
+        return self._memory
 
 
 class StreamformerEncoder(VideoEncoder):
-    """A StreamFormer, frozen; folded for inference unless ``fused=False``."""
+    """A StreamFormer, frozen; a copy folded for inference, or ``fused=False`` the model itself."""
 
     kind = "streamformer"
 
@@ -283,6 +331,7 @@ class StreamformerEncoder(VideoEncoder):
     ) -> None:
         super().__init__()
         self.name, self.fused = name, fused
+        self.weights_digest = weights_digest(model)  # before folding, whose rounding may differ
         self.model = fuse(model) if fused else model.eval().requires_grad_(False)
         self.config = config = model.config
         self.embed_dim, self.num_layers = config.hidden_size, config.num_hidden_layers
@@ -294,10 +343,12 @@ class StreamformerEncoder(VideoEncoder):
         return {
             "kind": self.kind,
             "weights": self.weights_digest,
+            "fused": self.fused,
+            "causal": config.causal,
             "window": config.window,
+            "temporal_attention": config.temporal_attention,
             "temporal_positions": config.temporal_positions,
             "num_frames": config.num_frames,
-            "temporal_attention": config.temporal_attention,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
@@ -320,9 +371,11 @@ class SiglipEncoder(VideoEncoder):
 
     def __init__(self, model: SiglipVisionModel, name: str = "siglip") -> None:
         super().__init__()
-        self.name = name
-        self.model = model.eval().requires_grad_(False)
         config = model.config
+        if not getattr(config, "vision_use_head", True):
+            raise ValueError(f"{name} has no pooling head: it gives no frame embeddings")
+        self.name, self.weights_digest = name, weights_digest(model)
+        self.model = model.eval().requires_grad_(False)
         self.embed_dim, self.num_layers = config.hidden_size, config.num_hidden_layers
         self.patch_size, self.image_size = config.patch_size, config.image_size
 
@@ -392,6 +445,7 @@ def build_encoder(
 
     Raises:
         ValueError: no kind in the spec, or one that nobody registered.
+        TypeError: a builder that makes something else than a :class:`VideoEncoder`.
     """
     kind, colon, source = spec.partition(":")
     if not colon or not source:
@@ -401,6 +455,10 @@ def build_encoder(
         )
     builder = _BUILDERS.get(kind) or _third_party(kind)
     encoder = builder(source, window=window, temporal_positions=temporal_positions)
+    if not isinstance(encoder, VideoEncoder):
+        raise TypeError(
+            f"the builder of {kind!r} made a {type(encoder).__name__}, not a backbone.VideoEncoder"
+        )
     encoder.name = spec
     return encoder.requires_grad_(False).to(device, dtype).eval()
 
@@ -417,14 +475,7 @@ def _third_party(kind: str) -> Builder:
 
 
 def _build_siglip(source: str, window: int | None, temporal_positions: str | None) -> SiglipEncoder:
-    model, info = SiglipVisionModel.from_pretrained(source, output_loading_info=True)
-    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if lacking:
-        raise CheckpointError(
-            f"{source} is not a whole SigLIP image tower: missing or misshapen "
-            f"{', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}"
-        )
-    return SiglipEncoder(model)
+    return SiglipEncoder(load_siglip(source), name=source)
 
 
 def _build_streamformer(

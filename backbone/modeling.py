@@ -81,7 +81,8 @@ class PatchEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor, time_rows: Tensor | None) -> Tensor:
         """Embed ``(B, T, C, H, W)`` frames whose time-table rows are ``(B or 1, T)``."""
         batch, frames = pixel_values.shape[:2]
-        grid = self.patch_embedding(pixel_values.flatten(0, 1))  # (B*T, D, h, w)
+        pixel_values = pixel_values.flatten(0, 1).to(self.patch_embedding.weight.dtype)
+        grid = self.patch_embedding(pixel_values)  # (B*T, D, h, w)
         height, width = grid.shape[-2:]
         tokens = grid.flatten(2).transpose(1, 2)  # (B*T, N, D)
         tokens = self.dropout(tokens + self.positions(height, width))
@@ -137,7 +138,7 @@ class TimePlan:
     """What a forward pass knows about time before its first layer.
 
     Attributes:
-        mask: boolean, broadcastable to ``(B, T, S)``; None when nothing need be hidden.
+        mask: boolean, broadcastable to ``(B*N, A, T, S)``; None when nothing need be hidden.
         is_causal: hide later frames without a mask (a whole clip, no window in its way).
         cache: the stream's memory and ``step``, what this pass does to it; None for a clip.
     """
@@ -173,7 +174,7 @@ class Attention(nn.Module):
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
-        return F.dropout(scores.softmax(-1), dropout) @ value
+        return F.dropout(scores.softmax(-1), dropout, self.training) @ value
 
 
 class SpatialAttention(Attention):
@@ -197,15 +198,10 @@ class TemporalAttention(Attention):
         batch, _, patches, _ = tokens.shape
         qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.permute(3, 0, 2, 4, 1, 5)  # each (B, N, A, T, d)
-        mask = plan.mask
         if plan.cache is not None:
             key, value = plan.cache.extend(layer, plan.step, key, value)  # (B, N, A, S, d)
-        if mask is not None:
-            if mask.shape[0] > 1:  # streams at different positions: a mask for each (B, N) row
-                mask = mask[:, None].expand(-1, patches, -1, -1).flatten(0, 1)
-            mask = mask.unsqueeze(1)  # (1 or B*N, 1, T, S)
         query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # (B*N, A, ., d)
-        mixed = self.attend(query, key, value, mask, plan.is_causal)  # (B*N, A, T, d)
+        mixed = self.attend(query, key, value, plan.mask, plan.is_causal)  # (B*N, A, T, d)
         mixed = mixed.transpose(1, 2).flatten(2).unflatten(0, (batch, patches))  # (B, N, T, D)
         return self.dropout(self.out(mixed.transpose(1, 2)))
 
@@ -303,17 +299,8 @@ class PoolingHead(nn.Module):
 # -- the model ------------------------------------------------------------------------------------
 
 
-class StreamformerModel(PreTrainedModel):
-    """The encoder: frames in, patch tokens and one embedding per frame out.
-
-    Example:
-        >>> model = StreamformerModel(StreamformerConfig(window=64)).eval()
-        >>> clip = torch.zeros(1, 16, 3, 224, 224)                        # (B, T, C, H, W)
-        >>> model(clip).pooler_output.shape                               # a clip
-        torch.Size([1, 16, 768])
-        >>> out = model(clip[:, :1], use_cache=True)                      # a stream: first frame,
-        >>> out = model(clip[:, 1:2], past_key_values=out.past_key_values)  # next frame
-    """
+class StreamformerPreTrainedModel(PreTrainedModel):
+    """What all models with this encoder share: their config, fresh weights, and loading."""
 
     config_class = StreamformerConfig
     base_model_prefix = "streamformer"
@@ -322,20 +309,6 @@ class StreamformerModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["StreamformerLayer", "PoolingHead"]
-
-    def __init__(self, config: StreamformerConfig) -> None:
-        super().__init__(config)
-        self.embeddings = PatchEmbeddings(config)
-        self.layers = nn.ModuleList(
-            StreamformerLayer(config, index) for index in range(config.num_hidden_layers)
-        )
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.head = PoolingHead(config)
-        if config.lora_rank:
-            from .lora import add_lora
-
-            add_lora(self, config.lora_rank)
-        self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -358,15 +331,50 @@ class StreamformerModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load a model from a folder or a hub id, in this layout or in the released one.
+        """Load from a folder or a hub id, in this layout or in the released one.
 
-        Keyword arguments that name config fields (``window=64``) change them.
+        Takes what transformers' ``from_pretrained`` takes; keyword arguments that name config
+        fields change them. ``window`` and ``temporal_positions`` are free to change;
+        ``num_frames`` resizes the time table linearly; a ``lora_rank`` where there was none adds
+        adapters without effect, and 0 merges those that there are.
+
+        Raises:
+            CheckpointError: weights that do not cover the model, or are damaged; the message
+                names the keys. Only the classification head may be missing or left over.
         """
-        from .checkpoints import is_released, load_released
+        from . import checkpoints
 
-        if kwargs.get("config") is None and is_released(pretrained_model_name_or_path, kwargs):
-            return load_released(pretrained_model_name_or_path, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        source = pretrained_model_name_or_path
+        if checkpoints.is_released(source, kwargs):
+            return checkpoints.from_released(cls, source, *args, **kwargs)
+        return checkpoints.from_own(super().from_pretrained, source, *args, **kwargs)
+
+
+class StreamformerModel(StreamformerPreTrainedModel):
+    """The encoder: frames in, patch tokens and one embedding per frame out.
+
+    Example:
+        >>> model = StreamformerModel(StreamformerConfig(window=64)).eval()
+        >>> clip = torch.zeros(1, 16, 3, 224, 224)                        # (B, T, C, H, W)
+        >>> model(clip).pooler_output.shape                               # a clip
+        torch.Size([1, 16, 768])
+        >>> out = model(clip[:, :1], use_cache=True)                      # a stream: first frame,
+        >>> out = model(clip[:, 1:2], past_key_values=out.past_key_values)  # next frame
+    """
+
+    def __init__(self, config: StreamformerConfig) -> None:
+        super().__init__(config)
+        self.embeddings = PatchEmbeddings(config)
+        self.layers = nn.ModuleList(
+            StreamformerLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head = PoolingHead(config)
+        if config.lora_rank:
+            from .lora import add_lora
+
+            add_lora(self, config.lora_rank)
+        self.post_init()
 
     def forward(
         self,
@@ -401,11 +409,11 @@ class StreamformerModel(PreTrainedModel):
             else:
                 plan, rows = self._clip_plan(frames, pixel_values.device)
             tokens = self.embeddings(pixel_values, rows)  # (B, T, N, D)
-            states = [tokens]
+            states = (tokens,) if output_hidden_states else None
             for layer in self.layers:
                 tokens = layer(tokens, plan)
                 if output_hidden_states:
-                    states.append(tokens)
+                    states += (tokens,)
             if streaming:
                 cache.advance(frames)
             tokens = self.post_layernorm(tokens)
@@ -413,7 +421,7 @@ class StreamformerModel(PreTrainedModel):
                 last_hidden_state=tokens,
                 pooler_output=self.head(tokens),
                 past_key_values=cache,
-                hidden_states=tuple(states) if output_hidden_states else None,
+                hidden_states=states,
             )
         return output.to_tuple() if return_dict is False else output
 
@@ -428,7 +436,7 @@ class StreamformerModel(PreTrainedModel):
             return TimePlan(), rows
         if self.config.span is None or frames <= self.config.span:
             return TimePlan(is_causal=frames > 1), rows
-        mask = attendable(numbers[None], numbers[None], self.config.window, self._segment)
+        mask = attendable(numbers, numbers, self.config.window, self._segment)  # (T, T)
         return TimePlan(mask=mask), rows
 
     def _stream_plan(
@@ -439,22 +447,34 @@ class StreamformerModel(PreTrainedModel):
         numbers = torch.tensor(cache.positions)[:, None] + torch.arange(frames)  # (B, T)
         rows = time_rows(self.config, numbers, clip_length=None).to(device)
         step = cache.plan(frames)
-        return TimePlan(mask=step.mask, cache=cache, step=step), rows
+        mask = step.mask
+        if mask is not None:  # (1 or B, T, S) -> (1 or B*N, 1, T, S)
+            if mask.shape[0] > 1:  # streams at different positions
+                mask = mask.repeat_interleave(cache.num_patches, dim=0)
+            mask = mask.unsqueeze(1)
+        return TimePlan(mask=mask, cache=cache, step=step), rows
 
     @property
     def _segment(self) -> int | None:
         return self.config.num_frames if self.config.temporal_positions == "reset" else None
 
+    @property
+    def _remembered(self) -> tuple[int, int, int]:
+        """Layers, heads and head width of the keys and values of a stream."""
+        layers = self.config.num_hidden_layers if self.config.temporal_attention else 0
+        return layers, self.config.num_attention_heads, self.config.head_dim
+
     def new_cache(
         self, batch_size: int, grid: tuple[int, int], device: torch.device | None = None
     ) -> StreamingCache:
         """Empty memory for ``batch_size`` streams of frames of ``grid`` = (h, w) patches."""
+        num_layers, num_heads, head_dim = self._remembered
         return StreamingCache(
-            num_layers=len(self.layers) if self.config.temporal_attention else 0,
+            num_layers=num_layers,
             batch_size=batch_size,
             num_patches=grid[0] * grid[1],
-            num_heads=self.config.num_attention_heads,
-            head_dim=self.config.head_dim,
+            num_heads=num_heads,
+            head_dim=head_dim,
             window=self.config.window,
             segment=self._segment,
             dtype=self.dtype,
@@ -472,6 +492,11 @@ class StreamformerModel(PreTrainedModel):
             )
         if 0 in shape:
             raise ValueError(f"pixel_values of shape {shape} is empty")
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values of type {pixel_values.dtype}; expected normalised floats "
+                "(backbone.video.preprocess makes them of uint8 images)"
+            )
         height, width = shape[3:]
         if height % config.patch_size or width % config.patch_size:
             raise ValueError(
@@ -492,6 +517,11 @@ class StreamformerModel(PreTrainedModel):
             raise ValueError(
                 f"{batch} frames for a memory of {cache.batch_size} streams; feed some of them "
                 "through past_key_values.rows([...]), or start a new stream"
+            )
+        if (cache.made_for, cache.dtype) != (self._remembered, self.dtype):
+            raise ValueError(
+                f"the memory holds (layers, heads, head width) {cache.made_for} in {cache.dtype}, "
+                f"the model has {self._remembered} in {self.dtype}; they do not belong together"
             )
         if cache.num_patches != grid[0] * grid[1]:
             raise ValueError(
