@@ -40,8 +40,11 @@ def similarity(features: Tensor, text: Tensor, *, normalize_text: bool = True) -
             f"features have width {features.shape[-1]} and texts {text.shape[-1]}: backbone and "
             "text tower must come from the same SigLIP model"
         )
-    if text.ndim not in (2, 3):
-        raise ValueError(f"text must be (C, D) or (B, C, D), not {tuple(text.shape)}")
+    if text.ndim not in (2, 3) or (text.ndim == 3 and len(text) != len(features)):
+        raise ValueError(
+            f"text must be (C, D) or (B, C, D), not {tuple(text.shape)} for features "
+            f"{tuple(features.shape)}"
+        )
     with torch.autocast(features.device.type, enabled=False):
         features = F.normalize(features.float(), dim=-1)
         text = text.float()
@@ -79,13 +82,12 @@ def alignment_loss(
 
     Returns float32; exactly 0, still attached to the graph, if nothing counts.
     """
-    expected = (*features.shape[:-1], text.shape[-2])
-    if targets.shape != expected:
+    cosine = similarity(features, text, normalize_text=normalize_text)  # (B, …, C)
+    if targets.shape != cosine.shape:
         raise ValueError(
             f"targets have shape {tuple(targets.shape)}; features {tuple(features.shape)} against "
-            f"text {tuple(text.shape)} need {expected}"
+            f"text {tuple(text.shape)} need {tuple(cosine.shape)}"
         )
-    cosine = similarity(features, text, normalize_text=normalize_text)
     with torch.autocast(features.device.type, enabled=False):
         loss = -F.logsigmoid(targets * (scale * cosine + bias))  # (B, …, C)
         if mask is not None:
@@ -95,7 +97,7 @@ def alignment_loss(
             return loss
         if reduction == "sum":
             return loss.sum()
-        counts = torch.ones_like(loss) if mask is None else mask.expand(expected).any(-1).float()
+        counts = torch.ones_like(loss) if mask is None else mask.expand_as(targets).any(-1).float()
         if reduction == "mean":
             return loss.sum() / counts.sum().clamp_min(1.0)
         if reduction == "sample_sum":

@@ -34,14 +34,23 @@ def siglip(tmp_path_factory) -> Path:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
     }
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
     torch.manual_seed(0)
-    SiglipModel(
+    model = SiglipModel(
         SiglipConfig(
             text_config=shape
+            | ends
             | {"vocab_size": 40, "max_position_embeddings": 48, "projection_size": 32},
             vision_config=shape | {"image_size": SIZE, "patch_size": 8},
         )
-    ).save_pretrained(folder)
+    )
+    with torch.no_grad():  # fresh towers give every text nearly the same embedding
+        for name, weight in model.text_model.named_parameters():
+            if weight.ndim == 2:
+                torch.nn.init.normal_(weight, std=1.0 if "embedding" in name else 0.3)
+        model.logit_scale.fill_(2.3)
+        model.logit_bias.fill_(-2.0)
+    model.save_pretrained(folder)
     return folder
 
 
