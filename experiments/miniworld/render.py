@@ -32,7 +32,7 @@ from random import Random
 import numpy as np
 from tqdm import tqdm
 
-from .actions import CLASS_NAMES, RADIUS
+from .actions import ANGLE, CLASS_NAMES, RADIUS
 from .jobs import Job, plan
 from .language import captions, describe, questions, sentence, still_caption
 from .lists import CATEGORIES, list_clips, list_stills, list_streams
@@ -42,6 +42,9 @@ from .script import Scene, Script, cast, place, write_ending, write_script, writ
 from .writers import instance, write_json, write_still, write_video
 
 logger = logging.getLogger(__name__)
+
+STILL_RADIUS = 6 / 32  # least radius of a shape in a still, as share of the frame's side
+STILL_TILT = 0.3  # largest tilt of a shape in a still, radians
 
 
 def render_world(root: Path | str, params: WorldParams, workers: int | None = None) -> Path:
@@ -161,6 +164,10 @@ def _perform_still(
     count = 1 if rng.random() < params.stills_single else rng.choice((2, 3))
     while (poses := place(rng, count, params.frame_size)) is None:
         pass
+    for pose in poses:  # large and upright: at 32 pixels a small tilted shape is a blob
+        pose[RADIUS] = max(pose[RADIUS], STILL_RADIUS * params.frame_size)
+        pose[:2] = pose[:2].clip(pose[RADIUS], params.frame_size - pose[RADIUS])
+        pose[ANGLE] = rng.uniform(-STILL_TILT, STILL_TILT)
     items = cast(rng, count, camouflaged=0.0)
     poses.sort(key=lambda pose: -pose[RADIUS])  # the largest is named first and lies behind
     tracks = np.stack(poses)[:, None]  # (K, 1, 5)
