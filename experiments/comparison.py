@@ -8,6 +8,7 @@ the next call takes it from there. A run of another config is set aside, never m
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import time
@@ -22,6 +23,7 @@ from experiments.files import read_json, write_json
 logger = logging.getLogger(__name__)
 
 ENCODER = "encoder"  # the one key under which resolved runs may differ
+CONTROL = "image"  # label of the third arm
 ABSENT = "(absent)"
 
 
@@ -39,20 +41,58 @@ class Run:
     folder: Path
 
 
-def encoder_labels(specs: Sequence[str]) -> dict[str, str]:
+def add_arguments(parser: argparse.ArgumentParser, work_dir: str) -> None:
+    """Options of every comparison."""
+    add = parser.add_argument
+    add("--config", default="miniworld", metavar="NAME|PATH", help="default: miniworld")
+    add(
+        "--encoders",
+        nargs="+",
+        default=["siglip", "streamformer"],
+        metavar="ENCODER",
+        help="labels (siglip, streamformer), or kind:folder, or kind:hub-id; the last one is "
+        "compared with the others",
+    )
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="K", help="default: 0 1 2")
+    add(
+        "--work-dir",
+        type=Path,
+        default=Path(work_dir),
+        metavar="DIR",
+        help=f"default: {work_dir}; everything is cached and reported here",
+    )
+    add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, …")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the config, such as train.epochs=3; values are Python literals",
+    )
+    add(
+        "--third-arm",
+        action="store_true",
+        help=f"add the control encoder {CONTROL!r}: lifted and trained like streamformer, but "
+        "without attention over time",
+    )
+
+
+def encoder_labels(specs: Sequence[str], third_arm: bool = False) -> dict[str, str]:
     """Give each encoder spec a label that is a folder name and tells it from the others.
 
     ``["siglip", "streamformer:/a/mine"]`` -> ``{"siglip": "siglip", "streamformer": …}``; where two
-    specs share a kind, the last part of each one's name is added: ``streamformer-mine``.
+    specs share a kind, the last part of each one's name is added: ``streamformer-mine``. The third
+    arm stands before the last encoder.
 
     Raises:
         UserError: the same spec twice, or two that cannot be told apart by name.
     """
+    specs = [*specs[:-1], *([CONTROL] if third_arm else []), *specs[-1:]]
     kinds = [spec.partition(":")[0] for spec in specs]
     labels: dict[str, str] = {}
     for spec, kind in zip(specs, kinds, strict=True):
         name = spec.partition(":")[2].rstrip("/").rpartition("/")[2]
-        label = kind if kinds.count(kind) == 1 else f"{kind}-{name}" if name else kind
+        label = f"{kind}-{name}" if kinds.count(kind) > 1 and name else kind
         if label in labels:
             raise UserError(
                 f"--encoders: {labels[label]!r} and {spec!r} would both be called {label!r}; "

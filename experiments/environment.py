@@ -61,6 +61,17 @@ def environment() -> dict[str, Any]:
     return {name: _try(probe) for name, probe in probes.items()}
 
 
+def choose_device(name: str) -> str:
+    """``auto`` becomes a GPU where there is one, under torchrun this process's own, else the CPU."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return name
+
+
 def to_markdown(values: dict[str, Any]) -> str:
     """Two columns, one row each."""
     rows = [f"| {name} | {'-' if value is None else value} |" for name, value in values.items()]

@@ -63,7 +63,6 @@ def build_report(
     title: str,
     data: str,
     outcomes: Outcomes,
-    pair: tuple[str, str],
     config: Mapping[str, Any],
     config_difference: Sequence[str],
     environment: Mapping[str, Any],
@@ -77,7 +76,8 @@ def build_report(
         title: one line for people.
         data: name of the data set.
         outcomes: label -> seed -> ``{"metrics": {name: points}, "per_class": {name: points}}``.
-        pair: the two labels that ``difference`` compares: first minus second.
+            The last label is compared with the first (``difference``) and with all in between
+            (``other_differences``).
         config: the config that all runs share.
         config_difference: keys in which the encoders' resolved configs differ.
         environment: from ``experiments.environment``.
@@ -88,8 +88,8 @@ def build_report(
     """
     metrics, per_class = summarise(outcomes), summarise(outcomes, "per_class")
     seeds = sorted({seed for by_seed in outcomes.values() for seed in by_seed})
-    better, base = pair
-    others = [label for label in outcomes if label not in pair]
+    base, better = next(iter(outcomes)), list(outcomes)[-1]
+    others = list(outcomes)[1:-1]
     return {
         "task": task,
         "title": title,
@@ -97,7 +97,7 @@ def build_report(
         "seeds": seeds,
         "metrics": metrics,
         "difference_of": f"{better} - {base}",
-        "difference": _differences(metrics, better, base),
+        "difference": _differences(metrics, better, base) if better != base else {},
         "other_differences": {
             f"{better} - {other}": _differences(metrics, better, other) for other in others
         },
@@ -108,6 +108,12 @@ def build_report(
         "environment": dict(environment),
         "wall_seconds": round(wall_seconds, 1),
     }
+
+
+def publish(report: Mapping[str, Any], folder: Path) -> None:
+    """Write the report's files and print its table, and where they lie, to stdout."""
+    write_report(report, folder)
+    print(f"{to_text(report)}\n{folder / 'report.md'}, .json, .png")  # noqa: T201 (the result)
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
@@ -252,7 +258,8 @@ def _table(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _all_differences(report: Mapping[str, Any]) -> dict[str, Any]:
-    return {report["difference_of"]: report["difference"], **report["other_differences"]}
+    main = {report["difference_of"]: report["difference"]} if report["difference"] else {}
+    return {**main, **report["other_differences"]}
 
 
 def _class_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -261,7 +268,8 @@ def _class_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
         [name, *(_spread(report["per_class"][label][name]) for label in labels), f"{gain:+.1f}"]
         for name, gain in _classes_by_gain(report)
     ]
-    return ["class", *labels, report["difference_of"]], rows
+    header = ["class", *labels, report["difference_of"]]
+    return (header, rows) if report["difference"] else (header[:-1], [row[:-1] for row in rows])
 
 
 def _probe_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -272,7 +280,7 @@ def _probe_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
 
 
 def _classes_by_gain(report: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Classes with the gain of the pair's first encoder over its second, largest gain first."""
+    """Classes with the gain of the last encoder over the first, largest gain on top."""
     better, base = report["difference_of"].split(" - ")
     per_class = report["per_class"]
     gains = {
@@ -284,6 +292,8 @@ def _classes_by_gain(report: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def _sentence(report: Mapping[str, Any]) -> str:
+    if not report["difference"]:
+        return "One encoder was run, so nothing is compared."
     better, base = report["difference_of"].split(" - ")
     metric, value = next(iter(report["difference"].items()))
     verb = "ahead of" if value["mean"] >= 0 else "behind"
@@ -405,8 +415,10 @@ def _plot_metrics(axes: Any, report: Mapping[str, Any]) -> None:
 
 
 def _subtitle(report: Mapping[str, Any]) -> str:
-    metric, value = next(iter(report["difference"].items()))
     runs = f"{len(report['seeds'])} seeds" if len(report["seeds"]) > 1 else "1 seed"
+    if not report["difference"]:
+        return runs
+    metric, value = next(iter(report["difference"].items()))
     return f"{report['difference_of']}: {_interval(value)} {metric} ({runs})"
 
 
@@ -440,7 +452,7 @@ def _plot_classes(
                 zorder=4 if label in (better, base) else 3,
             )
         axes.annotate(
-            f"{gain:+.0f}",
+            f"{gain:+.0f}" if better != base else f"{ends[0]:.0f}",
             (max(v[name]["mean"] for v in per_class.values()), row),
             xytext=(9, 0),
             textcoords="offset points",
@@ -454,4 +466,5 @@ def _plot_classes(
     axes.set_xlim(0, 1.09 * reach)  # room for the gain
     axes.set_xlabel("average precision, points")
     axes.grid(axis="x", color=FAINT, linewidth=0.6, zorder=0)
-    axes.set_title(f"By class, largest gain of {better} first", loc="left", fontsize=10.5)
+    title = "By class" + (f", largest gain of {better} first" if better != base else "")
+    axes.set_title(title, loc="left", fontsize=10.5)

@@ -12,6 +12,7 @@ import argparse
 import difflib
 import importlib
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> Any:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    return module.run(parser.parse_args(rest))
+    args = parser.parse_args(rest)
+    args.command = shlex.join(["python", "experiments/run.py", verb, *rest])  # for reports
+    return module.run(args)
 
 
 def command() -> None:

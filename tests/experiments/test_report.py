@@ -37,7 +37,6 @@ def report_of(found, **details):
         title="Online action detection on miniworld",
         data="MINIWORLD",
         outcomes=found,
-        pair=("streamformer", "siglip"),
         config={"train": {"epochs": 3}},
         config_difference=["encoder.spec"],
         environment={"python": "3.11", "gpu": None},
@@ -110,7 +109,9 @@ def test_the_keys_of_the_report():
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
-@pytest.mark.parametrize("arms", [("siglip", "streamformer"), ("siglip", "image", "streamformer")])
+@pytest.mark.parametrize(
+    "arms", [("siglip",), ("siglip", "streamformer"), ("siglip", "image", "streamformer")]
+)
 @pytest.mark.parametrize("classes", [(), ("grow", "swing", "bounce")])
 def test_files_of_a_report(tmp_path, seeds, arms, classes):
     report = report_of(

@@ -1,0 +1,423 @@
+"""Online action detection: the MAT head on frozen features, encoder against encoder.
+
+The data are miniworld's streams, rendered on first use, or videos and per-step targets at the paths
+of the config. Each encoder reads every video once; then a head is trained per encoder and seed, by
+the same config. Everything lies under one folder:
+
+    DIR/miniworld/, DIR/encoders/          the rendered world and the mini encoders (miniworld only)
+    DIR/features/<encoder>-<digest>/       features of every video
+    DIR/<encoder>/seed<k>/                 one run: config.json, result.json, the head
+    DIR/report.{json,md,png}               the comparison
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments import comparison
+from experiments.comparison import ENCODER, Run, config_difference, plan, run_all
+from experiments.config import UserError, digest, field_defaults, load_config
+from experiments.environment import environment
+from experiments.files import read_json
+from experiments.report import build_report, publish, summarise
+
+logger = logging.getLogger(__name__)
+
+ABOUT = """\
+Trains the same head on the features of each encoder, once per seed, and reports
+how far they lie apart. Without --config it runs on miniworld, small rendered
+videos whose actions are motion and change, with mini encoders that it trains on
+first use. It goes on where it stopped, and answers from caches what is done."""
+EXAMPLES = """\
+  python experiments/run.py oad
+  python experiments/run.py oad --third-arm --seeds 0 1 2 3 4
+  python experiments/run.py oad --set train.epochs=3 --work-dir /tmp/try
+  python experiments/run.py oad --config thumos14 --set data.root=/data/thumos14 --device cuda
+  python experiments/run.py oad --config my_config.py \\
+      --encoders siglip:google/siglip-base-patch16-224 streamformer:/weights/mine"""
+
+SECTIONS = ("data", "head", "train", "eval")  # what integrations.oad reads of a config
+STREAM = {"window": None, "temporal_positions": None}  # None: as the encoder's checkpoint says
+ENCODERS_OWN = ("encoder", "dim", "image_size", "image_mean", "image_std")  # of features.json
+FRAMES_AT_ONCE = 48  # through an encoder in feature extraction: speed and memory only
+NOTES = [
+    "online: every step scored once, from its past alone; the main number",
+    "window: windows side by side, all their tokens scored, though some have seen later steps; it "
+    "stands beside the numbers that StreamFormer's authors report, and beside nothing else",
+    "chance: what a score that says nothing gets, the mean share of positive steps",
+]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the data of a comparison lie, and what each encoder label means there."""
+
+    title: str
+    root: Path  # holds target_perframe/ and data_info.json
+    videos: dict[str, Path]  # name -> file, of all sets that the config uses
+    encoders: dict[str, str]  # label -> spec
+    details: dict[str, Any]  # for the report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb: those of every comparison."""
+    comparison.add_arguments(parser, work_dir="work_dirs/oad")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Resolve, preflight, run or resume, evaluate, report; returns the report."""
+    start = time.perf_counter()
+    folder = args.work_dir.resolve()
+
+    config = resolve(args.config, args.set)
+    labels = comparison.encoder_labels(args.encoders, args.third_arm)
+
+    preflight(config, labels, args.seeds, folder)
+
+    source = prepare(config, labels, folder)
+    encoders = {
+        label: extract(label, spec, source, config, folder, args.device)
+        for label, spec in source.encoders.items()
+    }
+    runs = plan(config, encoders, args.seeds, folder)
+    outcomes, difference = run_all(
+        runs, lambda resolved, where: run_one(resolved, where, source.root, folder, args.device)
+    )
+    compare_as_run(runs)
+
+    report = build_report(
+        task="oad",
+        title=f"Online action detection on {source.title}",
+        data=config["data"]["dataset"],
+        outcomes=outcomes,
+        config=config,
+        config_difference=difference,
+        environment=environment(),
+        wall_seconds=time.perf_counter() - start,
+        details=_details(config, source, encoders, outcomes, args.command),
+    )
+    publish(report, folder)
+    return report
+
+
+def resolve(config: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The config with all defaults, checked by those who will read it."""
+    from experiments.miniworld import WorldParams
+    from integrations.oad.config import FROM_DATA, DataConfig, EvalConfig, OadConfig, TrainConfig
+    from integrations.oad.mat import MatConfig
+
+    defaults = {
+        "data": field_defaults(DataConfig),
+        "head": field_defaults(MatConfig, leave_out=FROM_DATA),
+        "train": field_defaults(TrainConfig),
+        "eval": field_defaults(EvalConfig),
+        "stream": STREAM,
+        "world": field_defaults(WorldParams),
+    }
+    resolved = load_config("oad", config, overrides, defaults)
+    try:
+        OadConfig.from_dict(_sections(resolved)).mat(visual_size=1, motion_size=0, num_classes=2)
+        WorldParams(**resolved.get("world", {}))
+    except ValueError as error:
+        raise UserError(f"config {config}: {error}") from error
+    return resolved
+
+
+def preflight(
+    config: Mapping[str, Any], labels: Mapping[str, str], seeds: Sequence[int], folder: Path
+) -> None:
+    """Refuse at once, with all that is missing, what would fail later.
+
+    Raises:
+        UserError: files, weights, disk or memory that are not there, each named.
+    """
+    from experiments import preflight as checks
+
+    data = config["data"]
+    problems = checks.repeated_seeds(seeds)
+    feature_bytes = 0
+    if data["root"] is None:
+        if "world" not in config:
+            problems.append(
+                f"data.root is None, and {data['dataset']} is not rendered: say where it lies, "
+                "--set data.root=FOLDER"
+            )
+        specs = {label: spec for label, spec in labels.items() if ":" in spec}
+    else:
+        specs = checks.released_encoders(labels, problems)
+        feature_bytes = _check_data(data, problems) * checks.WIDEST_FEATURE * 4
+    for spec in specs.values():
+        problems += checks.encoder(spec)
+    parameters = _head_parameters(config)
+    problems += checks.disk(
+        folder,
+        feature_bytes * len(labels)
+        + parameters * 4 * checks.COPIES_ON_DISK * len(labels) * len(seeds)
+        + (checks.MINIWORLD_BYTES if "world" in config else 0),
+    )
+    problems += checks.memory(
+        parameters * 4 * checks.COPIES_IN_MEMORY + (feature_bytes if data["preload"] else 0),
+        mend="set data.preload=False to read windows from disk" if data["preload"] else None,
+    )
+    if problems:
+        raise UserError("cannot start:\n  - " + "\n  - ".join(problems))
+
+
+def prepare(config: Mapping[str, Any], labels: Mapping[str, str], folder: Path) -> Source:
+    """Render the world and train the mini encoders, or find the files that the config names."""
+    data = config["data"]
+    if data["root"] is not None:
+        from experiments.preflight import released_encoders
+
+        root = Path(data["root"])
+        return Source(
+            title=data["dataset"],
+            root=root,
+            videos=_find_videos(data, root)[0],
+            encoders=released_encoders(labels, []),
+            details={},
+        )
+    from experiments.miniworld import WorldParams, render_world, world_key
+
+    params = WorldParams(**config["world"])
+    world = render_world(folder / "miniworld", params)
+    root = world / "streams"
+    return Source(
+        title="miniworld",
+        root=root,
+        videos=_find_videos(data, root)[0],
+        encoders=_with_mini_encoders(labels, folder, world),
+        details={"world": world_key(params)},
+    )
+
+
+def _with_mini_encoders(labels: Mapping[str, str], folder: Path, world: Path) -> dict[str, str]:
+    """Specs by label; bare labels are trained on the world, or found trained."""
+    bare = [spec for spec in labels.values() if ":" not in spec]
+    if not bare:
+        return dict(labels)
+    from experiments.miniworld.encoders import mini_encoders
+
+    trained = mini_encoders(folder, world, arms=bare)
+    return {label: trained.get(spec, spec) for label, spec in labels.items()}
+
+
+def extract(
+    label: str,
+    spec: str,
+    source: Source,
+    config: Mapping[str, Any],
+    folder: Path,
+    device: str,
+) -> dict[str, Any]:
+    """Write one encoder's features of all videos; what decides them is the encoder's entry.
+
+    Returns:
+        ``spec``, ``settings``, and ``features``, the folder's name under ``DIR/features``.
+    """
+    from backbone import build_encoder
+    from experiments.environment import choose_device
+    from integrations.oad.features import extract_folder
+
+    data = config["data"]
+    encoder = build_encoder(spec, **config["stream"], device=choose_device(device))
+    rule = {key: data[key] for key in ("protocol", "video_fps", "chunk_frames")}
+    entry = {"spec": spec, "settings": encoder.settings()}
+    entry["features"] = f"{label}-{digest({**rule, **entry['settings'], 'root': str(source.root)})}"
+    out = folder / "features" / entry["features"]
+    logger.info("features of %s: %s", label, out)
+    extract_folder(
+        list(source.videos.values()),
+        encoder,
+        out,
+        **rule,
+        batch_chunks=max(1, FRAMES_AT_ONCE // data["chunk_frames"]),
+    )
+    return entry
+
+
+def run_one(
+    config: Mapping[str, Any], where: Path, data_root: Path, folder: Path, device: str
+) -> dict[str, Any]:
+    """Train and evaluate one head; all metrics in points, by name."""
+    from integrations.oad.train import run_oad
+
+    result = run_oad(
+        _sections(config),
+        features_root=folder / "features" / config[ENCODER]["features"],
+        data_root=data_root,
+        work_dir=where,
+        seed=config["seed"],
+        device=device,
+    )
+    return outcome_of(result, config["data"])
+
+
+def outcome_of(result: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of a finished run as ``report`` reads them, in points.
+
+    The first test set gives the main numbers; those of another set carry its name after ``@``.
+    """
+    metrics, chance = _points(result["test"], data["test_sets"])
+    validation, _ = _points(result["val"], data["val_sets"])
+    first = result["test"][data["test_sets"][0]]
+    classes = next(value for name, value in first.items() if name.endswith("/classes"))
+    return {
+        "metrics": metrics,
+        "chance": chance,
+        "per_class": {name: 100 * value for name, value in classes.items()},
+        "validation": validation,
+        "head_parameters": result["parameters"],
+        "iterations": result["iterations"],
+    }
+
+
+def compare_as_run(runs: Sequence[Run]) -> None:
+    """Compare what the runs wrote down about themselves: equal but for the encoder.
+
+    ``run_all`` compares what was asked for; ``resolved.json`` is what the training really read,
+    with the facts of the feature folder that it was given.
+    """
+    for seed in {run.seed for run in runs}:
+        written = {}
+        for run in (run for run in runs if run.seed == seed):
+            resolved = read_json(run.folder / "resolved.json")
+            made = resolved["features"]
+            resolved[ENCODER] = {key: made.pop(key) for key in ENCODERS_OWN if key in made}
+            written[run.label] = resolved
+        config_difference(written)
+
+
+def _points(
+    results: Mapping[str, Mapping[str, Any]], sets: Sequence[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Means and chance levels of some sets, by metric."""
+    metrics, chance = {}, {}
+    for place, name in enumerate(sets):
+        suffix = f"@{name.removesuffix('_session_set')}" if place else ""
+        for metric, value in results[name].items():
+            protocol, _, kind = metric.partition("/")
+            if kind in ("mAP", "mcAP"):
+                metrics[metric + suffix] = 100 * value
+                chance[metric + suffix] = 100 * results[name][f"{protocol}/prior"]
+    return metrics, chance
+
+
+def _details(
+    config: Mapping[str, Any],
+    source: Source,
+    encoders: Mapping[str, Mapping[str, Any]],
+    outcomes: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    command: str,
+) -> dict[str, Any]:
+    one = next(iter(next(iter(outcomes.values())).values()))
+    counts, steps = _sizes(config["data"], source.root)
+    return {
+        "chance": one["chance"],
+        "titles": {
+            metric: metric.replace("/", " ").replace("@", "\n") for metric in one["metrics"]
+        },
+        "notes": NOTES,
+        "command": command,
+        "encoders": {
+            label: {"spec": entry["spec"], **entry["settings"]} for label, entry in encoders.items()
+        },
+        "head_parameters": one["head_parameters"],
+        "iterations": one["iterations"],
+        "validation": summarise(outcomes, "validation"),
+        "videos": counts,
+        "steps": steps,
+        **source.details,
+    }
+
+
+def _sections(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: config[name] for name in SECTIONS if name in config}
+
+
+def _sets(data: Mapping[str, Any]) -> list[str]:
+    return [data["train_set"], *data["val_sets"], *data["test_sets"]]
+
+
+def _find_videos(data: Mapping[str, Any], root: Path) -> tuple[dict[str, Path], list[str]]:
+    """Files of all videos that the config uses, and the names of those without a file."""
+    from integrations.oad.data import read_data_info
+    from integrations.oad.features import VIDEO_SUFFIXES
+
+    info = read_data_info(root, data["dataset"])
+    folder = root / (data["videos"] or "videos")
+    there = {path.stem: path for path in folder.glob("*") if path.suffix.lower() in VIDEO_SUFFIXES}
+    names = sorted({name for key in _sets(data) for name in info[key]})
+    return {n: there[n] for n in names if n in there}, [n for n in names if n not in there]
+
+
+def _sizes(data: Mapping[str, Any], root: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Videos and steps of every set that the config uses."""
+    import numpy as np
+
+    from integrations.oad.data import read_data_info
+
+    info = read_data_info(root, data["dataset"])
+    counts = {key: len(info[key]) for key in _sets(data)}
+    steps = {
+        key: sum(
+            len(np.load(root / "target_perframe" / f"{name}.npy", mmap_mode="r"))
+            for name in info[key]
+        )
+        for key in _sets(data)
+    }
+    return counts, steps
+
+
+def _check_data(data: Mapping[str, Any], problems: list[str]) -> int:
+    """Add what is missing of a real data set to ``problems``; return the number of steps."""
+    from experiments.preflight import some
+    from integrations.oad.data import DataError, read_data_info
+
+    root = Path(data["root"])
+    if not root.is_dir():
+        problems.append(f"data.root: there is no folder {root}")
+        return 0
+    try:
+        info = read_data_info(root, data["dataset"])
+    except DataError as error:
+        problems.append(f"data.dataset: {error}")
+        return 0
+    unknown = [key for key in _sets(data) if key not in info]
+    if unknown:
+        known = ", ".join(key for key in info if key.endswith("session_set"))
+        problems.append(f"{data['dataset']} has no set {', '.join(unknown)}; it has {known}")
+        return 0
+    names = sorted({name for key in _sets(data) for name in info[key]})
+    folder = root / (data["videos"] or "videos")
+    lacking = _find_videos(data, root)[1]
+    if lacking:
+        problems.append(f"data.videos: {folder} lacks {some(lacking)} of {len(names)} videos")
+    parts = {"data.root": root / "target_perframe"}
+    if data["motion"]:
+        parts["data.motion"] = root / data["motion"]
+    for key, part in parts.items():
+        lacking = [name for name in names if not (part / f"{name}.npy").is_file()]
+        if lacking:
+            problems.append(f"{key}: {part} lacks {some(lacking)} of {len(names)} files .npy")
+    return 0 if problems else sum(_sizes(data, root)[1].values())
+
+
+def _head_parameters(config: Mapping[str, Any]) -> int:
+    """Parameters of the head at the widest usual features, counted without allocating them."""
+    import torch
+
+    from experiments.preflight import WIDEST_FEATURE
+    from integrations.oad.config import OadConfig
+    from integrations.oad.mat import MatHead
+
+    sizes = {"visual_size": WIDEST_FEATURE, "motion_size": 0, "num_classes": 100}
+    with torch.device("meta"):
+        head = MatHead(OadConfig.from_dict(_sections(config)).mat(**sizes))
+    return sum(parameter.numel() for parameter in head.parameters())
