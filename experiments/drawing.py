@@ -141,6 +141,7 @@ def plot_timeline(
             bar = figure.colorbar(image, ax=heat, pad=0.01, fraction=0.03)
             bar.set_label("score now")
             bar.outline.set_visible(False)
+            figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, hspace=0.0)
             figure.savefig(path, dpi=130, facecolor="white")
         finally:
             pyplot.close(figure)

@@ -62,7 +62,7 @@ def environment() -> dict[str, Any]:
 
 
 def choose_device(name: str) -> str:
-    """``auto`` becomes a GPU where there is one, under torchrun this process's own, else the CPU."""
+    """Make ``auto`` the CPU, or the GPU where there is one, under torchrun this process's own."""
     import torch
 
     if name == "auto":

@@ -44,6 +44,7 @@ EXAMPLES = """\
 
 SECTIONS = ("data", "head", "train", "eval")  # what integrations.oad reads of a config
 STREAM = {"window": None, "temporal_positions": None}  # None: as the encoder's checkpoint says
+FRAME_RULE = ("protocol", "video_fps", "chunk_frames", "chunk_starts", "resize")  # of data
 ENCODERS_OWN = ("encoder", "dim", "image_size", "image_mean", "image_std")  # of features.json
 FRAMES_AT_ONCE = 48  # through an encoder in feature extraction: speed and memory only
 NOTES = [
@@ -227,7 +228,7 @@ def extract(
 
     data = config["data"]
     encoder = build_encoder(spec, **config["stream"], device=choose_device(device))
-    rule = {key: data[key] for key in ("protocol", "video_fps", "chunk_frames")}
+    rule = {key: data[key] for key in FRAME_RULE}
     entry = {"spec": spec, "settings": encoder.settings()}
     entry["features"] = f"{label}-{digest({**rule, **entry['settings'], 'root': str(source.root)})}"
     out = folder / "features" / entry["features"]
