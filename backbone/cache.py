@@ -291,6 +291,12 @@ class StreamingCache:
         grown[..., : store.shape[5], :] = store
         self._memory.store = grown
 
+    def _used(self, positions: list[int]) -> int:
+        """Slots in use by streams at ``positions``; without layers nothing was ever stored."""
+        if self._memory.store.shape[0] == 0:
+            return 0
+        return max(positions) if self.span is None else min(max(positions), self.span)
+
     # -- save and restore ---------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -299,7 +305,7 @@ class StreamingCache:
         Of a view (:meth:`rows`) it holds the streams of the view alone.
         """
         bounds = [-1 if bound is None else bound for bound in (self.window, self.segment)]
-        used = min(max(self.positions), self._memory.store.shape[5])
+        used = self._used(self.positions)
         return {
             "keys_values": self._memory.store[:, :, self._index, :, :, :used].clone(
                 memory_format=torch.contiguous_format
@@ -324,8 +330,7 @@ class StreamingCache:
                     f"{name}={getattr(self, name)}; build the encoder with the same setting"
                 )
         saved, positions = state["keys_values"], state["positions"].tolist()
-        store, most = self._memory.store, max(positions)
-        used = most if self.span is None else min(most, self.span)
+        store, used = self._memory.store, self._used(positions)
         expected = (*store.shape[:2], self.batch_size, *store.shape[3:5], used, store.shape[6])
         if (tuple(saved.shape), saved.dtype) != (expected, store.dtype):
             raise ValueError(
@@ -333,7 +338,7 @@ class StreamingCache:
                 f"{tuple(saved.shape)} in {saved.dtype}, here {expected} in {store.dtype}; they "
                 "belong to another model, frame size or number of streams"
             )
-        self._reserve(most)
+        self._reserve(used)
         self.reset(self._active)
         self._memory.store[:, :, self._index, :, :, :used] = saved.to(self.device)
         for row, position in zip(self._active, positions, strict=True):

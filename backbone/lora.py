@@ -46,6 +46,9 @@ def add_lora(model: nn.Module, rank: int = RANK) -> nn.Module:
         weight.requires_grad_("lora_" in name or name in trainable)
         if ".lora_A." in name:
             nn.init.normal_(weight, std=INITIAL_STD)
+    for name, module in model.named_modules():
+        if name.endswith(".lora_B.default"):  # for transformers, which draws fresh weights anew
+            module.starts_at_zero = True
     if hasattr(model, "config"):
         model.config.lora_rank = rank
     return freeze_wrapped(model)

@@ -325,9 +325,8 @@ class StreamformerPreTrainedModel(PreTrainedModel):
             init.zeros_(module.temporal_gate)
         elif isinstance(module, PoolingHead):
             init.normal_(module.probe)
-        elif hasattr(module, "lora_B"):  # adapters start without effect
-            for linear in module.lora_B.values():
-                init.zeros_(linear.weight)
+        elif getattr(module, "starts_at_zero", False):  # marked by add_lora
+            init.zeros_(module.weight)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):

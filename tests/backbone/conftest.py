@@ -5,7 +5,7 @@ whose temporal branch is shut proves nothing.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,15 @@ def _randomise(model: torch.nn.Module) -> None:
             weight.normal_(std=1.0 if name.endswith("norm.weight") else scale)
             if name.endswith("gate"):
                 weight.copy_(weight.sign() * (0.5 + weight.abs()))  # never shut
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads only wait for each other in models of this size, most of all on busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
