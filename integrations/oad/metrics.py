@@ -13,6 +13,7 @@ EPIC-Kitchens-100.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -20,6 +21,8 @@ import numpy as np
 from mmaction.evaluation.functional.accuracy import binary_precision_recall_curve
 from mmaction.registry import METRICS
 from mmengine.evaluator import BaseMetric
+
+logger = logging.getLogger(__name__)
 
 STAGES = 10  # deciles of an action
 
@@ -243,7 +246,9 @@ class PerFrameAP(BaseMetric):
     set's (``metainfo`` keys ``classes``, ``ignore_index``, ``calibrated``).
 
     Results: ``<protocol>/mAP`` (``mcAP`` if calibrated), ``<protocol>/prior`` (the value of a
-    score that says nothing), ``<protocol>/classes`` (value by class name).
+    score that says nothing), ``<protocol>/classes`` (value by class name), ``<protocol>/frames``
+    (frames scored; the window protocol leaves out the end of every video). Where no frame was
+    scored, because all videos are shorter than a window, only ``frames`` is there.
 
     Args:
         protocol: "online" or "window"; also the prefix of the results.
@@ -277,6 +282,9 @@ class PerFrameAP(BaseMetric):
         scores = [smooth_scores(s) if self.smooth and len(s) else s for s, _ in results]
         score = np.concatenate(scores)
         target = np.concatenate([t for _, t in results])
+        if not len(score):
+            logger.warning("%s protocol: no video is long enough to be scored", self.protocol)
+            return {"frames": 0}
         if self.switch:
             score = raise_to_subclass(score, meta["classes"])
         mean, per_class = perframe_ap(
@@ -286,6 +294,7 @@ class PerFrameAP(BaseMetric):
             metric_name(meta["calibrated"]): mean,
             "prior": class_prior(target, meta["ignore_index"]),
             "classes": per_class,
+            "frames": len(score),
         }
 
 

@@ -189,3 +189,13 @@ def test_metric_object_scores_all_videos_together():
     assert results["window/mAP"] == pytest.approx(mean, abs=1e-12)
     assert results["window/classes"] == pytest.approx(per_class, abs=1e-12)
     assert results["window/prior"] == pytest.approx(metrics.class_prior(target, 4))
+    assert results["window/frames"] == 300
+
+
+def test_metric_object_says_when_no_video_was_long_enough(caplog):
+    metric = metrics.PerFrameAP("window")
+    metric.dataset_meta = {"classes": NAMES, "ignore_index": 4, "calibrated": False}
+    empty = np.zeros((0, 5), np.float32)
+    metric.process(None, [{"window_scores": empty, "window_targets": empty}])
+    assert metric.evaluate(1) == {"window/frames": 0}
+    assert "window protocol: no video is long enough" in caplog.text
