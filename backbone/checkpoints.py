@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers import PretrainedConfig, SiglipVisionConfig, SiglipVisionModel
 from transformers.utils import cached_file
 
 from .configuration import StreamformerConfig
@@ -558,14 +558,13 @@ def _name_lora_bases(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _siglip_config(source: str | Path, hub: Mapping[str, Any]) -> SiglipVisionConfig:
     _must_exist(source)
-    config = AutoConfig.from_pretrained(source, **hub)
-    vision = getattr(config, "vision_config", config)
-    if vision.model_type != "siglip_vision_model":
+    config, _ = PretrainedConfig.get_config_dict(source, **hub)
+    if (kind := config.get("model_type")) not in ("siglip", "siglip_vision_model"):
         raise CheckpointError(
-            f"{source}: model_type is {config.model_type!r}; needed is a SigLIP image tower "
-            "('siglip' or 'siglip_vision_model')"
+            f"{source}: model_type is {kind!r}; needed is a SigLIP image tower ('siglip' or "
+            "'siglip_vision_model')"
         )
-    return vision
+    return SiglipVisionConfig.from_pretrained(source, **hub)
 
 
 def _released_config(source: str | Path, hub: Mapping[str, Any]) -> dict[str, Any]:
