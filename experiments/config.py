@@ -152,9 +152,12 @@ def _refuse_missing(
 
 
 def _is_known(key: str, schema: Mapping[str, Any]) -> bool:
-    """Known itself, or lying below a key whose value is an open (empty) dict somewhere."""
+    """Known itself, or lying below a dict that is open: empty, with no known key inside."""
     parents = [key[:end] for end, letter in enumerate(key) if letter == "."]
-    return key in schema or any(schema.get(parent) == {} for parent in parents)
+    return key in schema or any(
+        schema.get(parent) == {} and not any(known.startswith(f"{parent}.") for known in schema)
+        for parent in parents
+    )
 
 
 def _apply(config: dict[str, Any], override: str, schema: Mapping[str, Any]) -> None:

@@ -353,7 +353,7 @@ def _find_videos(data: Mapping[str, Any], root: Path) -> tuple[dict[str, Path], 
 
     info = read_data_info(root, data["dataset"])
     folder = root / (data["videos"] or "videos")
-    there = {path.stem: path for path in folder.glob("*") if path.suffix.lower() in VIDEO_SUFFIXES}
+    there = {p.stem: p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES}
     names = sorted({name for key in _sets(data) for name in info[key]})
     return {n: there[n] for n in names if n in there}, [n for n in names if n not in there]
 

@@ -26,7 +26,7 @@ def commands():
     for page in PAGES:
         for block in blocks(page, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
-                _, found, rest = line.partition("python experiments/run.py")
+                _, found, rest = line.partition(" experiments/run.py")
                 if found:
                     yield pytest.param(shlex.split(rest, comments=True), id=f"{page.stem}:{rest}")
 
