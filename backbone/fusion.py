@@ -36,7 +36,7 @@ def fuse(model: StreamformerModel) -> StreamformerModel:
         out.weight.copy_(weight)
         out.bias.copy_(bias)
         layer.temporal_dense = layer.temporal_gate = None
-    fused.save_pretrained = _refuse_to_save
+    fused.save_pretrained = fused.push_to_hub = _refuse_to_save
     return fused
 
 
