@@ -324,23 +324,23 @@ def _claim(work_dir: Path, settings: OadConfig, features_root: Path, seed: int) 
     if not path.is_file() or not trained:
         write_json(path, resolved)
         return
-    found = json.loads(path.read_text())
-    differing = [
-        f"{section} is {found.get(section)!r} there and {value!r} now"
-        if not isinstance(value, dict) or not isinstance(found.get(section), dict)
-        else ", ".join(
-            f"{section}.{key} is {found[section].get(key)!r} there and {value.get(key)!r} now"
-            for key in sorted({*value, *found[section]})
-            if found[section].get(key) != value.get(key)
-        )
-        for section, value in resolved.items()
-        if found.get(section) != value
-    ]
+    differing = _differing(json.loads(path.read_text()), resolved)
     if differing:
         raise ValueError(
             f"{work_dir} holds another run: {'; '.join(differing)}. Use another folder, or delete "
             "this one"
         )
+
+
+def _differing(there: object, now: object, where: str = "") -> list[str]:
+    """One line for each value that two nested dicts do not share."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        return [
+            line
+            for key in sorted({*there, *now})
+            for line in _differing(there.get(key), now.get(key), f"{where}.{key}".lstrip("."))
+        ]
+    return [] if there == now else [f"{where} is {there!r} there and {now!r} now"]
 
 
 def _head_config(settings: OadConfig, features_root: Path, data_root: Path) -> MatConfig:

@@ -323,6 +323,18 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(world, tmp_path, monkey
     )
 
 
+def test_worker_processes_change_nothing(world, finished, tmp_path):
+    assert run(world, tmp_path, train__num_workers=2) == finished[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_run_on_a_gpu_scores_as_on_the_cpu(world, finished, tmp_path):
+    results = run_oad(make_config(), world / "features", world / "data", tmp_path, 0, "cuda")
+    for name, scores in finished[1]["test"].items():
+        found = results["test"][name]["online/mAP"]
+        assert found == pytest.approx(scores["online/mAP"], abs=0.05)
+
+
 def test_a_finished_run_is_returned_and_test_videos_are_not_read_again(world, finished):
     work_dir, results = finished
     before = {path: path.stat().st_mtime_ns for path in work_dir.rglob("*")}
