@@ -28,6 +28,8 @@ _TAILS = (
     "a person practicing {}.",
 )
 
+_ROWS = 16  # texts per run of the tower
+
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "video": tuple(f"{stem} {tail}" for stem in _STEMS for tail in _TAILS),  # 28, actions
     "plain": ("{}",),  # objects and scenes, and labels that are sentences already
@@ -107,32 +109,37 @@ class TextTower:
         key = (tuple(labels), prompts, renormalize)
         if key not in self._banks:
             texts = [prompt.replace("{}", label) for label in labels for prompt in prompts]
-            embeddings = F.normalize(torch.cat(list(self._encode_chunks(texts))), dim=-1)
+            embeddings = F.normalize(self._encode(texts), dim=-1)
             bank = embeddings.view(len(labels), len(prompts), -1).mean(1)  # (C, D)
             self._banks[key] = F.normalize(bank, dim=-1) if renormalize else bank
         return self._banks[key]
 
-    def _encode(self, texts: Sequence[str]) -> Tensor:
-        return torch.cat(list(self._encode_chunks(texts)))
-
     @torch.no_grad()
-    def _encode_chunks(self, texts: Sequence[str], chunk: int = 256):
-        for start in range(0, len(texts), chunk):
-            part = list(texts[start : start + chunk])
-            empty = [i for i, text in enumerate(part, start) if not text.strip()]
-            if empty:
-                raise ValueError(f"text {empty[0]} of {len(texts)} is empty; give it words")
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        """Run the tower on (n) texts; every text gets the same bits whatever its company.
+
+        Matrix products round differently at different sizes, and which texts are still to be
+        encoded depends on where a run was resumed: so the tower always sees `_ROWS` texts.
+        """
+        empty = [i for i, text in enumerate(texts) if not text.strip()]
+        if empty:
+            raise ValueError(f"text {empty[0]} of {len(texts)} is empty; give it words")
+        parts = []
+        for start in range(0, len(texts), _ROWS):
+            rows = list(texts[start : start + _ROWS])
             # input_ids alone: SigLIP was trained without an attention mask, padding included.
             ids = self.tokenizer(
-                part,
+                rows + rows[-1:] * (_ROWS - len(rows)),
                 padding="max_length",
                 truncation=True,
                 max_length=self.max_length,
                 return_tensors="pt",
             )["input_ids"]
             with torch.autocast(self.device.type, enabled=False):
-                yield self.model(input_ids=ids.to(self.device)).pooler_output.float()
-            self.encoded += len(part)
+                pooled = self.model(input_ids=ids.to(self.device)).pooler_output  # (_ROWS, D)
+            parts.append(pooled[: len(rows)].float())
+        self.encoded += len(texts)
+        return torch.cat(parts)
 
 
 def load_siglip_text(

@@ -231,8 +231,9 @@ class _Run:
                 if done % config.log_every == 0 or done == total:
                     self._record({"update": done, **window.close()})
                 if config.eval_every and done % config.eval_every == 0 and done < total:
-                    self._record({"update": done, "zero_shot": self.zero_shot()})
-                    self.model.train()
+                    if self.accelerator.is_main_process:
+                        self._record({"update": done, "zero_shot": self.zero_shot()})
+                    self.accelerator.wait_for_everyone()
                 stop = self._any(bool(stopped))
                 if stop or done == total or (
                     config.checkpoint_every and done % config.checkpoint_every == 0
@@ -340,27 +341,25 @@ class _Run:
     # -- results ----------------------------------------------------------------------------------
 
     def zero_shot(self) -> dict[str, dict[str, float]]:
-        """Metrics of all tasks with validation data; on the main process, empty on others."""
+        """Metrics of all tasks with validation data; one process measures, the others wait."""
+        self.core.eval()
         results = {}
-        if self.accelerator.is_main_process:
-            self.core.eval()
-            for name, dataset in self.validation.items():
-                results[name] = evaluate(
-                    self.core.encode,
-                    dataset,
-                    self.objectives[name],
-                    self.core.tower,
-                    num_frames=self.config.model.num_frames,
-                    batch_size=self.config.tasks[name].batch_size or self.config.batch_size,
-                    num_workers=self.config.num_workers,
-                    device=self.accelerator.device,
-                )
-        self.accelerator.wait_for_everyone()
+        for name, dataset in self.validation.items():
+            results[name] = evaluate(
+                self.core.encode,
+                dataset,
+                self.objectives[name],
+                self.core.tower,
+                num_frames=self.config.model.num_frames,
+                batch_size=self.config.tasks[name].batch_size or self.config.batch_size,
+                num_workers=self.config.num_workers,
+                device=self.accelerator.device,
+            )
+        self.core.train()
         return results
 
     def finish(self) -> None:
         """Write model, alignment, card and metrics; the metrics last, they mark a whole folder."""
-        self.core.eval()
         part = self.output / ".model.part"
         shutil.rmtree(part, ignore_errors=True)
         self.core.backbone.save_pretrained(part)
