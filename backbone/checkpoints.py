@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -133,17 +134,23 @@ def lift_siglip(
     *,
     num_frames: int = 16,
     lora_rank: int = 0,
+    gate: float = 0.0,
+    time_scale: float = 0.0,
     hub: Mapping[str, Any] | None = None,
     **config_fields: Any,
 ) -> StreamformerModel:
     """Make a video encoder of a SigLIP image encoder (StreamFormer, section 3).
 
-    With gates and time table at zero, the result equals the image encoder frame by frame.
+    With gates and time table at zero, the result equals the image encoder frame by frame. A small
+    model learns time several times faster from a head start: gates ajar, and a time table of
+    Fourier features, which let attention find "so many frames ago" from the first update on.
 
     Args:
         source: folder or hub id of a ``SiglipModel`` or ``SiglipVisionModel``.
         num_frames: rows of the time table.
         lora_rank: rank of the adapters on spatial attention; 0 for none.
+        gate: starting value of all temporal gates, before their tanh.
+        time_scale: standard deviation of the time table to start from.
         hub: arguments for fetching from the hub (``revision``, ``token``, ``cache_dir``).
         config_fields: other fields of :class:`StreamformerConfig`, such as ``window``.
 
@@ -163,9 +170,27 @@ def lift_siglip(
     if "embeddings.position_embedding" in state:
         state["embeddings.position_embedding"] = state["embeddings.position_embedding"][None]
     load_strict(model, state, source, layout="a SigLIP image tower", created=LIFT_CREATES)
+    if model.config.temporal_attention:
+        _give_head_start(model, gate, time_scale)
     if lora_rank:
         add_lora(model, lora_rank)
     return model.eval()
+
+
+@torch.no_grad()
+def _give_head_start(model: StreamformerModel, gate: float, time_scale: float) -> None:
+    """Open the gates and fill the time table with waves whose period divides its length.
+
+    So the table closes on itself, and a cyclic stream sees the same distances anywhere.
+    """
+    for layer in model.layers:
+        layer.temporal_gate.fill_(gate)
+    table = model.embeddings.time_embedding  # (1, F, D)
+    _, rows, width = table.shape
+    column = torch.arange(width)
+    waves = column // 2 % max(rows // 2, 1) + 1  # whole turns over the table
+    angle = 2 * math.pi * torch.arange(rows)[:, None] * waves / rows  # (F, D)
+    table[0] = time_scale * 2**0.5 * torch.where(column % 2 == 0, angle.sin(), angle.cos())
 
 
 def load_siglip(source: str | Path, *, hub: Mapping[str, Any] | None = None) -> SiglipVisionModel:

@@ -314,7 +314,9 @@ class StreamformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Fresh weights: normal with ``initializer_range``; gates and time table zero.
 
-        So a lifted image encoder starts as exactly that image encoder, frame by frame.
+        So a lifted image encoder starts as exactly that image encoder, frame by frame. The linears
+        of the temporal branch are Xavier-uniform, as SigLIP's own attention: three of them follow
+        one another, and a fixed 0.02 would all but silence them in a narrow model.
         """
         super()._init_weights(module)
         if isinstance(module, PatchEmbeddings):
@@ -323,6 +325,9 @@ class StreamformerPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.time_embedding)
         elif isinstance(module, StreamformerLayer) and module.has_time:
             init.zeros_(module.temporal_gate)
+            attention = module.temporal_attention
+            for linear in (attention.qkv, attention.out, module.temporal_dense):
+                init.xavier_uniform_(linear.weight)
         elif isinstance(module, PoolingHead):
             init.normal_(module.probe)
         elif getattr(module, "starts_at_zero", False):  # marked by add_lora

@@ -80,6 +80,8 @@ class ModelConfig:
     window, temporal_positions: how the model streams (`StreamformerConfig`); training sees the
         same mask and positions.
     temporal_attention: False trains the image encoder frame by frame: what training alone gives.
+    gate, time_scale: the head start of time (`backbone.lift_siglip`); at 0 the model starts as
+        the image encoder.
     lora_rank: adapters on spatial attention, which is frozen then; 0 for none.
     freeze: "spatial_attention" as LoRA leaves it, "image" for all but the temporal parts.
     shared_scale: one scale and bias for all tasks; False gives each its own, as released.
@@ -93,6 +95,8 @@ class ModelConfig:
     window: int | None = None
     temporal_positions: str = "hold"
     temporal_attention: bool = True
+    gate: float = 0.0
+    time_scale: float = 0.0
     lora_rank: int = 0
     freeze: Freeze = "none"
     shared_scale: bool = True
