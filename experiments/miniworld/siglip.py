@@ -30,6 +30,7 @@ from .actions import PRETRAINING_ACTIONS
 logger = logging.getLogger(__name__)
 
 PAD, UNKNOWN = "<pad>", "<unk>"
+BARE_SHARE = 0.3  # of caption pairs whose second text is the bare name of the action
 _TEXT_SEED, _IMAGE_SEED = 1, 2
 
 
@@ -114,6 +115,7 @@ def train_siglip(world: Path, out: Path, recipe: SiglipRecipe, device: str = "cp
         * (1 + math.cos(math.pi * step / recipe.steps)) / 2,
     )  # fmt: skip
     ids = _tokens(tokenizer, stills.captions, recipe.text_length)
+    pairs = _CaptionPairs(clips, tokenizer, recipe)
     number = {caption: i for i, caption in enumerate(dict.fromkeys(stills.captions))}
     captions = torch.tensor([number[caption] for caption in stills.captions])
     images = torch.Generator().manual_seed(recipe.seed + _IMAGE_SEED)
@@ -127,7 +129,7 @@ def train_siglip(world: Path, out: Path, recipe: SiglipRecipe, device: str = "cp
         # The same words for two images are a match for both.
         match = captions[rows, None] == captions[rows]
         loss = _pair_loss(model, vision, text, match)
-        loss = loss + _caption_loss(model, tokenizer, clips, recipe, texts)
+        loss = loss + pairs.loss(model, texts)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -209,25 +211,32 @@ def _pair_loss(
     )
 
 
-def _caption_loss(
-    model: SiglipModel,
-    tokenizer: PreTrainedTokenizerFast,
-    clips: list[tuple[list[str], str]],
-    recipe: SiglipRecipe,
-    rng: np.random.Generator,
-) -> Tensor:
+class _CaptionPairs:
     """Captions of a clip belong together, or a caption and the bare name of its action."""
-    chosen = [clips[i] for i in rng.integers(len(clips), size=recipe.text_batch)]
-    left = [captions[rng.integers(len(captions))] for captions, _ in chosen]
-    bare = rng.random(recipe.text_batch) < 0.3
-    right = [
-        action if name else captions[rng.integers(len(captions))]
-        for (captions, action), name in zip(chosen, bare, strict=True)
-    ]
-    tokens = _tokens(tokenizer, left + right, recipe.text_length).to(model.device)
-    embedded = F.normalize(model.text_model(input_ids=tokens).pooler_output, dim=-1)
-    match = torch.eye(recipe.text_batch, dtype=torch.bool)
-    actions = np.array([action for _, action in chosen])
-    # A bare name fits every clip of that action: no negative.
-    fits = (actions[:, None] == actions) & bare
-    return _pair_loss(model, *embedded.chunk(2), match, mask=match | torch.from_numpy(~fits))
+
+    def __init__(
+        self,
+        clips: list[tuple[list[str], str]],
+        tokenizer: PreTrainedTokenizerFast,
+        recipe: SiglipRecipe,
+    ) -> None:
+        self.batch = recipe.text_batch
+        texts = [*PRETRAINING_ACTIONS, *(text for captions, _ in clips for text in captions)]
+        self.ids = _tokens(tokenizer, texts, recipe.text_length)
+        self.action = np.array([PRETRAINING_ACTIONS.index(action) for _, action in clips])
+        self.count = np.array([len(captions) for captions, _ in clips])
+        self.first = len(PRETRAINING_ACTIONS) + np.cumsum(self.count) - self.count
+
+    def loss(self, model: SiglipModel, rng: np.random.Generator) -> Tensor:
+        """Sigmoid loss of a fresh batch of pairs."""
+        clips = rng.integers(len(self.action), size=self.batch)
+        left, right = (self.first[clips] + rng.integers(self.count[clips]) for _ in range(2))
+        bare = rng.random(self.batch) < BARE_SHARE
+        actions = self.action[clips]
+        rows = np.concatenate([left, np.where(bare, actions, right)])
+        ids = self.ids[torch.from_numpy(rows)].to(model.device)
+        embedded = F.normalize(model.text_model(input_ids=ids).pooler_output, dim=-1)
+        match = torch.eye(self.batch, dtype=torch.bool)
+        # A bare name fits every clip of that action: no negative.
+        fits = torch.from_numpy((actions[:, None] == actions) & bare)
+        return _pair_loss(model, *embedded.chunk(2), match, mask=match | ~fits)
