@@ -110,6 +110,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def resolve(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The config with all defaults, checked by those who will read it."""
     from experiments.miniworld import WorldParams
+    from experiments.miniworld.encoders import VideoRecipe
+    from experiments.miniworld.siglip import SiglipRecipe
     from integrations.oad.config import FROM_DATA, DataConfig, EvalConfig, OadConfig, TrainConfig
     from integrations.oad.mat import MatConfig
 
@@ -120,6 +122,8 @@ def resolve(config: str, overrides: Sequence[str]) -> dict[str, Any]:
         "eval": field_defaults(EvalConfig),
         "stream": STREAM,
         "world": field_defaults(WorldParams),
+        "mini_siglip": field_defaults(SiglipRecipe),
+        "mini_video": field_defaults(VideoRecipe),
     }
     resolved = load_config("oad", config, overrides, defaults)
     try:
@@ -188,25 +192,39 @@ def prepare(config: Mapping[str, Any], labels: Mapping[str, str], folder: Path) 
 
     params = WorldParams(**config["world"])
     world = render_world(folder / "miniworld", params)
+    encoders, probe = _with_mini_encoders(config, labels, folder, world)
     root = world / "streams"
     return Source(
         title="miniworld",
         root=root,
         videos=_find_videos(data, root)[0],
-        encoders=_with_mini_encoders(labels, folder, world),
-        details={"world": world_key(params)},
+        encoders=encoders,
+        details={"world": world_key(params), "probe": probe},
     )
 
 
-def _with_mini_encoders(labels: Mapping[str, str], folder: Path, world: Path) -> dict[str, str]:
-    """Specs by label; bare labels are trained on the world, or found trained."""
+def _with_mini_encoders(
+    config: Mapping[str, Any], labels: Mapping[str, str], folder: Path, world: Path
+) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
+    """Specs by label, and what a linear probe says of the mini encoders (points).
+
+    Bare labels are trained on the world, or found trained; the probe shows whether SigLIP, which
+    cannot see motion, at least knows shape and colour.
+    """
     bare = [spec for spec in labels.values() if ":" not in spec]
     if not bare:
-        return dict(labels)
-    from experiments.miniworld.encoders import mini_encoders
+        return dict(labels), {}
+    from experiments.miniworld.encoders import VideoRecipe, mini_encoders, probe_looks
+    from experiments.miniworld.siglip import SiglipRecipe
 
-    trained = mini_encoders(folder, world, arms=bare)
-    return {label: trained.get(spec, spec) for label, spec in labels.items()}
+    recipes = SiglipRecipe(**config["mini_siglip"]), VideoRecipe(**config["mini_video"])
+    try:
+        trained = mini_encoders(folder, world, bare, *recipes)
+    except ValueError as error:
+        raise UserError(f"--encoders: {error}") from error
+    known = probe_looks(world, trained, folder / "encoders")
+    probe = {label: {k: 100 * v for k, v in known[label].items()} for label in known}
+    return {label: trained.get(spec, spec) for label, spec in labels.items()}, probe
 
 
 def extract(

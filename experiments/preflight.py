@@ -60,8 +60,8 @@ def encoder(spec: str) -> list[str]:
 def disk(folder: Path, needed: int) -> list[str]:
     """Too little room for ``needed`` bytes where ``folder`` is or will be."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
-        return [f"--work-dir {folder}: {existing} cannot be written to"]
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return [f"--work-dir {folder}: {existing} is no folder that can be written to"]
     free = shutil.disk_usage(existing).free
     if free < needed:
         return [f"--work-dir {folder}: about {size(needed)} are needed, {size(free)} are free"]

@@ -27,7 +27,6 @@ data = {
 head = {
     "dim": 64,
     "feedforward": 128,
-    "dropout": 0.1,
     "long_steps": 64,  # 8 s
     "long_rate": 4,
     "work_steps": 16,  # 2 s, longer than the longest action
