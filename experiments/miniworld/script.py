@@ -20,7 +20,7 @@ from .scene import COLOURS, ROUND_SHAPES, SHAPES, TEXTURES, Item
 
 SHAPE_COUNTS = (1, 2, 2, 3, 3, 3)  # a draw of this gives the number of shapes of a scene
 CROWDING = 0.8  # resting shapes keep this share of the sum of their radii apart
-ATTEMPTS = 6000  # scenes tried before a plan is given up
+ATTEMPTS = 2000  # scenes tried before a plan is given up
 DRAWS = 8  # draws of an action in a scene of many; where there are few, one keeps odds symmetric
 
 
