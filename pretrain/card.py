@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from pretrain.config import PretrainConfig
 
+CONFIG_FILE = "pretrain.json"
+
 _CARD = """---
 library_name: streamformer
 tags: [video, streaming, streamformer]
@@ -33,7 +35,18 @@ stream = build_encoder("streamformer:{output}").stream()
 
 {updates} updates of AdamW (cosine from {lr:g} to {min_lr:g}, {warmup} of them warm-up), each over
 one batch per task; clips of {num_frames} frames{long}; window {window}, a time table of
-{num_frames} rows, past which positions follow "{positions}". Everything else is in `pretrain.json`.
+{num_frames} rows, past which positions follow "{positions}". Everything else is in
+`{config_file}`.
+
+The same run again, from the folder of this card:
+
+```python
+import json
+from pretrain import PretrainConfig, train
+
+config = json.load(open("{config_file}"))
+train(PretrainConfig.from_dict(config | {{"output": "another folder"}}))
+```
 
 ## Zero-shot metrics
 
@@ -62,6 +75,7 @@ def model_card(
         name=config.name,
         siglip=model.siglip,
         output=config.output,
+        config_file=CONFIG_FILE,
         data="\n".join(rows),
         updates=optim.updates,
         lr=optim.lr,

@@ -19,6 +19,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from backbone import lift_siglip
 from pretrain.alignment import gather_ranks
-from pretrain.card import model_card
+from pretrain.card import CONFIG_FILE, model_card
 from pretrain.checkpoints import (
     list_checkpoints,
     load_checkpoint,
@@ -50,7 +51,7 @@ from pretrain.text import load_siglip_text
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE, METRICS_FILE, LOG_FILE = "pretrain.json", "metrics.json", "log.jsonl"
+METRICS_FILE, LOG_FILE = "metrics.json", "log.jsonl"
 
 
 class Interrupted(SystemExit):
@@ -147,6 +148,8 @@ class _Run:
             window=config.model.window,
             temporal_positions=config.model.temporal_positions,
             temporal_attention=config.model.temporal_attention,
+            gate=config.model.gate,
+            time_scale=config.model.time_scale,
         )
         freeze(backbone, config.model.freeze)
         if config.model.gradient_checkpointing:
@@ -231,9 +234,11 @@ class _Run:
                 if done % config.log_every == 0 or done == total:
                     self._record({"update": done, **window.close()})
                 if config.eval_every and done % config.eval_every == 0 and done < total:
+                    begun = time.perf_counter()
                     if self.accelerator.is_main_process:
                         self._record({"update": done, "zero_shot": self.zero_shot()})
                     self.accelerator.wait_for_everyone()
+                    window.begun += time.perf_counter() - begun  # no training time
                 stop = self._any(bool(stopped))
                 if stop or done == total or (
                     config.checkpoint_every and done % config.checkpoint_every == 0
@@ -250,18 +255,18 @@ class _Run:
         rate = learning_rate(config.optim, update, self.clips_per_update)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        weights = {name: task.weight for name, task in config.tasks.items()}
-        whole, last, losses = sum(weights.values()), list(weights)[-1], {}
-        for name, weight in weights.items():
+        whole, last = sum(task.weight for task in config.tasks.values()), len(config.tasks) - 1
+        losses = {}
+        for turn in range(len(config.tasks)):
             begun = time.perf_counter()
-            task, batch = next(batches)
+            name, batch = next(batches)
             window.waited += time.perf_counter() - begun
-            assert task == name, f"sampler gave {task!r} where {name!r} was due"
             self.ledger.record(len(batch.entries), batch.errors)
-            reduce = contextlib.nullcontext() if name == last else accelerator.no_sync(self.model)
-            with reduce:
+            # Processes exchange gradients once, with the round's last mini-batch.
+            exchange = turn == last
+            with contextlib.nullcontext() if exchange else accelerator.no_sync(self.model):
                 loss = self.model(batch.to(accelerator.device), name)
-                accelerator.backward(loss * (weight / whole))
+                accelerator.backward(loss * (config.tasks[name].weight / whole))
             losses[name] = loss.detach()
         values = torch.stack(list(losses.values())).tolist()  # the one wait for the device
         for name, value in zip(losses, values, strict=True):
@@ -389,6 +394,10 @@ class _Run:
                 / max(sum(line["seconds"] for line in lines), 1e-9),
                 "clips": sizes,
                 "failures": self.ledger.state_dict(),
+                "versions": {
+                    package: version(package)
+                    for package in ("torch", "torchvision", "transformers", "accelerate", "peft")
+                },
             },
         )
 

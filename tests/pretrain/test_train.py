@@ -222,8 +222,9 @@ def test_wrong_reader_arguments_and_differing_labels_are_named(config, tasks, tm
 @pytest.mark.job
 def test_two_processes_train_as_one_with_the_double_batch(config, tmp_path):
     # Each rank has half of every global batch; captions of both ranks are negatives of each other.
-    one = config(output=str(tmp_path / "one"), updates=3, optim__clip_norm=1.0)
-    two = config(output=str(tmp_path / "two"), updates=3, batch_size=2, optim__clip_norm=1.0)
+    # A large eps keeps Adam from blowing up the rounding of gradients that are truly zero.
+    one = config(output=str(tmp_path / "one"), updates=3, optim__eps=1e-3)
+    two = config(output=str(tmp_path / "two"), updates=3, optim__eps=1e-3, batch_size=2)
     (tmp_path / "two.json").write_text(json.dumps(two.to_dict()))
     script = tmp_path / "job.py"
     script.write_text(
@@ -233,7 +234,7 @@ def test_two_processes_train_as_one_with_the_double_batch(config, tmp_path):
     )
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--master-port=29731", str(script), str(tmp_path / "two.json")]
+    command += ["--standalone", str(script), str(tmp_path / "two.json")]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
