@@ -9,7 +9,6 @@ on to the very same weights.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
 import math
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from backbone import lift_siglip
 from pretrain.alignment import gather_ranks
+from pretrain.build import build_dataset, build_objective
 from pretrain.card import CONFIG_FILE, model_card
 from pretrain.checkpoints import (
     list_checkpoints,
@@ -38,13 +38,12 @@ from pretrain.checkpoints import (
     write_json,
     write_text,
 )
-from pretrain.config import PretrainConfig, TaskConfig
-from pretrain.datasets import READERS, Batch, Sample, VideoDataset, collate
-from pretrain.datasets.augment import Augmentation
-from pretrain.datasets.decode import ClipReader, FailureLedger, FrameStore
+from pretrain.config import PretrainConfig
+from pretrain.datasets import Batch, Sample, VideoDataset, collate
+from pretrain.datasets.decode import FailureLedger, FrameStore
 from pretrain.evaluation import evaluate
 from pretrain.model import MultitaskModel, freeze
-from pretrain.objectives import Localization, Objective, Recognition, Retrieval
+from pretrain.objectives import Objective
 from pretrain.optim import learning_rate, parameter_groups
 from pretrain.sampling import RoundSampler
 from pretrain.text import load_siglip_text
@@ -52,6 +51,22 @@ from pretrain.text import load_siglip_text
 logger = logging.getLogger(__name__)
 
 METRICS_FILE, LOG_FILE = "metrics.json", "log.jsonl"
+
+
+# Keys of the config that decide no weight: a run may go on with others.
+_FREE = {
+    "output",
+    "name",
+    "cache_in_memory",
+    "num_workers",
+    "max_failed_share",
+    "text_cache_size",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "trackers",
+}
 
 
 class Interrupted(SystemExit):
@@ -62,7 +77,8 @@ def train(config: PretrainConfig, *, progress: bool = True) -> Path:
     """Train as configured and return the folder of the finished model.
 
     A folder that holds an unfinished run of the same config is resumed at its last checkpoint; a
-    finished one is returned at once. SIGTERM saves a checkpoint and raises `Interrupted`.
+    finished one is returned at once, and may have been moved. SIGTERM saves a checkpoint and raises
+    `Interrupted`.
 
     Raises ValueError if the folder belongs to another config, FloatingPointError at a loss that
     is not finite, ClipError when too many videos cannot be decoded.
@@ -88,47 +104,6 @@ def train(config: PretrainConfig, *, progress: bool = True) -> Path:
     if config.trackers:
         accelerator.end_training()
     return output
-
-
-def build_dataset(
-    task: TaskConfig,
-    arguments: Mapping,
-    *,
-    name: str,
-    image_size: int,
-    store: FrameStore | None = None,
-) -> VideoDataset:
-    """The videos of a task; ``arguments`` go to its annotation reader and bear its names."""
-    reader = READERS[task.reader]
-    try:
-        inspect.signature(reader).bind(**arguments)
-    except TypeError as error:
-        raise ValueError(
-            f"task {name!r}: reader {task.reader!r} takes "
-            f"{', '.join(inspect.signature(reader).parameters)} ({error})"
-        ) from error
-    clips = ClipReader(
-        size=image_size,
-        sampling=task.sampling,
-        stride=task.stride,
-        augment=Augmentation(task.augmentation, task.flip),
-        store=store,
-    )
-    return VideoDataset(reader(**arguments), clips)
-
-
-def build_objective(
-    task: TaskConfig,
-    dataset: VideoDataset,
-    *,
-    renormalize_labels: bool = True,
-    mask_duplicates: bool = True,
-) -> Objective:
-    """The objective of a task, over the label sets of its data."""
-    if task.objective == "retrieval":
-        return Retrieval(mask_duplicates=mask_duplicates)
-    kind = {"recognition": Recognition, "localization": Localization}[task.objective]
-    return kind(dataset.label_sets, task.templates, renormalize=renormalize_labels)
 
 
 class _Run:
@@ -480,7 +455,9 @@ def _finished(config: PretrainConfig, output: Path) -> bool:
     before, now = json.loads(saved.read_text()), json.loads(json.dumps(config.to_dict()))
     before, now = _flat(before), _flat(now)
     differing = sorted(
-        key for key in before.keys() | now.keys() if before.get(key) != now.get(key)
+        key
+        for key in (before.keys() | now.keys()) - _FREE
+        if before.get(key) != now.get(key)
     )
     if differing:
         key = differing[0]

@@ -91,9 +91,11 @@ def test_a_finished_run_is_not_run_again_and_another_config_is_refused(config):
     output = train(config(updates=2), progress=False)
     before = (output / "metrics.json").stat().st_mtime_ns
     assert train(config(updates=2), progress=False) == output
-    assert (output / "metrics.json").stat().st_mtime_ns == before
+    moved = output.rename(output.with_name("moved"))
+    assert train(config(updates=2, output=str(moved), log_every=9), progress=False) == moved
+    assert (moved / "metrics.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="another config: optim/lr was 0.001 and is now 0.1"):
-        train(config(updates=2, optim__lr=0.1), progress=False)
+        train(config(updates=2, output=str(moved), optim__lr=0.1), progress=False)
 
 
 @pytest.mark.parametrize(
