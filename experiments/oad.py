@@ -23,7 +23,7 @@ from typing import Any
 from experiments import comparison
 from experiments.comparison import ENCODER, Run, config_difference, plan, run_all
 from experiments.config import UserError, digest, field_defaults, load_config
-from experiments.environment import environment
+from experiments.environment import choose_device, environment
 from experiments.files import read_json
 from experiments.report import build_report, publish, summarise
 
@@ -40,9 +40,12 @@ EXAMPLES = """\
   python experiments/run.py oad --set train.epochs=3 --work-dir /tmp/try
   python experiments/run.py oad --config thumos14 --set data.root=/data/thumos14 --device cuda
   python experiments/run.py oad --config my_config.py \\
-      --encoders siglip:google/siglip-base-patch16-224 streamformer:/weights/mine"""
+      --encoders siglip:google/siglip-base-patch16-224 streamformer:/weights/mine
+  python experiments/run.py oad --config thumos14 --set data.root=/data/thumos14 \\
+      --set data.foreign=True --encoders features:/data/siglip features:/data/streamformer"""
 
 SECTIONS = ("data", "head", "train", "eval")  # what integrations.oad reads of a config
+READY = "features:"  # instead of an encoder: a folder of features that exist
 STREAM = {"window": None, "temporal_positions": None}  # None: as the encoder's checkpoint says
 FRAME_RULE = ("protocol", "video_fps", "chunk_frames", "chunk_starts", "resize")  # of data
 ENCODERS_OWN = ("encoder", "dim", "image_size", "image_mean", "image_std")  # of features.json
@@ -154,9 +157,13 @@ def preflight(
                 "--set data.root=FOLDER"
             )
         specs = {label: spec for label, spec in labels.items() if ":" in spec}
+        problems += checks.mini_encoders([spec for spec in labels.values() if ":" not in spec])
     else:
         specs = checks.released_encoders(labels, problems)
-        feature_bytes = _check_data(data, problems) * checks.WIDEST_FEATURE * 4
+        with_videos = not all(spec.startswith(READY) for spec in specs.values())
+        lacking, steps = _check_data(data, with_videos)
+        problems += lacking
+        feature_bytes = steps * checks.WIDEST_FEATURE * 4
     for spec in specs.values():
         problems += checks.encoder(spec)
     parameters = _head_parameters(config)
@@ -184,7 +191,7 @@ def prepare(config: Mapping[str, Any], labels: Mapping[str, str], folder: Path) 
         return Source(
             title=data["dataset"],
             root=root,
-            videos=_find_videos(data, root)[0],
+            videos=_find_videos(data, root),
             encoders=released_encoders(labels, []),
             details={},
         )
@@ -197,7 +204,7 @@ def prepare(config: Mapping[str, Any], labels: Mapping[str, str], folder: Path) 
     return Source(
         title="miniworld",
         root=root,
-        videos=_find_videos(data, root)[0],
+        videos=_find_videos(data, root),
         encoders=encoders,
         details={"world": world_key(params), "probe": probe},
     )
@@ -218,10 +225,7 @@ def _with_mini_encoders(
     from experiments.miniworld.siglip import SiglipRecipe
 
     recipes = SiglipRecipe(**config["mini_siglip"]), VideoRecipe(**config["mini_video"])
-    try:
-        trained = mini_encoders(folder, world, bare, *recipes)
-    except ValueError as error:
-        raise UserError(f"--encoders: {error}") from error
+    trained = mini_encoders(folder, world, bare, *recipes)
     known = probe_looks(world, trained, folder / "encoders")
     probe = {label: {k: 100 * v for k, v in known[label].items()} for label in known}
     return {label: trained.get(spec, spec) for label, spec in labels.items()}, probe
@@ -235,13 +239,16 @@ def extract(
     folder: Path,
     device: str,
 ) -> dict[str, Any]:
-    """Write one encoder's features of all videos; what decides them is the encoder's entry.
+    """Write one encoder's features of all videos, unless ready ones are given.
 
     Returns:
-        ``spec``, ``settings``, and ``features``, the folder's name under ``DIR/features``.
+        What decides this encoder's part of a run: ``spec``, ``settings``, and ``features``, their
+        folder, relative to ``DIR/features``.
     """
+    if spec.startswith(READY):
+        where = Path(spec.removeprefix(READY)).resolve()
+        return {"spec": spec, "settings": {"kind": "features"}, "features": str(where)}
     from backbone import build_encoder
-    from experiments.environment import choose_device
     from integrations.oad.features import extract_folder
 
     data = config["data"]
@@ -307,7 +314,7 @@ def compare_as_run(runs: Sequence[Run]) -> None:
         written = {}
         for run in (run for run in runs if run.seed == seed):
             resolved = read_json(run.folder / "resolved.json")
-            made = resolved["features"]
+            made = resolved["features"] = resolved["features"] or {}
             resolved[ENCODER] = {key: made.pop(key) for key in ENCODERS_OWN if key in made}
             written[run.label] = resolved
         config_difference(written)
@@ -336,7 +343,7 @@ def _details(
     command: str,
 ) -> dict[str, Any]:
     one = next(iter(next(iter(outcomes.values())).values()))
-    counts, steps = _sizes(config["data"], source.root)
+    sets = _read_sets(config["data"], source.root)
     return {
         "chance": one["chance"],
         "titles": {
@@ -350,8 +357,8 @@ def _details(
         "head_parameters": one["head_parameters"],
         "iterations": one["iterations"],
         "validation": summarise(outcomes, "validation"),
-        "videos": counts,
-        "steps": steps,
+        "videos": {name: len(videos) for name, videos in sets.items()},
+        "steps": {name: _count_steps(source.root, videos) for name, videos in sets.items()},
         **source.details,
     }
 
@@ -364,68 +371,70 @@ def _sets(data: Mapping[str, Any]) -> list[str]:
     return [data["train_set"], *data["val_sets"], *data["test_sets"]]
 
 
-def _find_videos(data: Mapping[str, Any], root: Path) -> tuple[dict[str, Path], list[str]]:
-    """Files of all videos that the config uses, and the names of those without a file."""
-    from integrations.oad.data import read_data_info
-    from integrations.oad.features import VIDEO_SUFFIXES
-
-    info = read_data_info(root, data["dataset"])
-    folder = root / (data["videos"] or "videos")
-    there = {p.stem: p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES}
-    names = sorted({name for key in _sets(data) for name in info[key]})
-    return {n: there[n] for n in names if n in there}, [n for n in names if n not in there]
-
-
-def _sizes(data: Mapping[str, Any], root: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """Videos and steps of every set that the config uses."""
-    import numpy as np
-
-    from integrations.oad.data import read_data_info
-
-    info = read_data_info(root, data["dataset"])
-    counts = {key: len(info[key]) for key in _sets(data)}
-    steps = {
-        key: sum(
-            len(np.load(root / "target_perframe" / f"{name}.npy", mmap_mode="r"))
-            for name in info[key]
-        )
-        for key in _sets(data)
-    }
-    return counts, steps
-
-
-def _check_data(data: Mapping[str, Any], problems: list[str]) -> int:
-    """Add what is missing of a real data set to ``problems``; return the number of steps."""
-    from experiments.preflight import some
+def _read_sets(data: Mapping[str, Any], root: Path) -> dict[str, list[str]]:
+    """Names of the videos of every set that the config uses; sets without name are refused."""
     from integrations.oad.data import DataError, read_data_info
 
-    root = Path(data["root"])
-    if not root.is_dir():
-        problems.append(f"data.root: there is no folder {root}")
-        return 0
     try:
         info = read_data_info(root, data["dataset"])
     except DataError as error:
-        problems.append(f"data.dataset: {error}")
-        return 0
+        raise UserError(f"data.dataset: {error}") from error
     unknown = [key for key in _sets(data) if key not in info]
     if unknown:
         known = ", ".join(key for key in info if key.endswith("session_set"))
-        problems.append(f"{data['dataset']} has no set {', '.join(unknown)}; it has {known}")
-        return 0
-    names = sorted({name for key in _sets(data) for name in info[key]})
-    folder = root / (data["videos"] or "videos")
-    lacking = _find_videos(data, root)[1]
-    if lacking:
+        raise UserError(
+            f"{data['dataset']} has no set {', '.join(unknown)}; it has {known}: change "
+            "data.train_set, data.val_sets or data.test_sets"
+        )
+    return {key: info[key] for key in _sets(data)}
+
+
+def _names(sets: Mapping[str, Sequence[str]]) -> list[str]:
+    return sorted({name for names in sets.values() for name in names})
+
+
+def _find_videos(data: Mapping[str, Any], root: Path) -> dict[str, Path]:
+    """Files of the videos that the config uses, by name, as far as they are there."""
+    from integrations.oad.features import VIDEO_SUFFIXES
+
+    wanted = set(_names(_read_sets(data, root)))
+    files = (root / (data["videos"] or "videos")).rglob("*")
+    found = {path.stem: path for path in files if path.suffix.lower() in VIDEO_SUFFIXES}
+    return {name: found[name] for name in sorted(wanted & found.keys())}
+
+
+def _count_steps(root: Path, names: Sequence[str]) -> int:
+    import numpy as np
+
+    targets = (root / "target_perframe" / f"{name}.npy" for name in names)
+    return sum(len(np.load(target, mmap_mode="r")) for target in targets)
+
+
+def _check_data(data: Mapping[str, Any], with_videos: bool) -> tuple[list[str], int]:
+    """What is missing of a real data set, and the number of its steps."""
+    from experiments.preflight import some
+
+    root = Path(data["root"])
+    if not root.is_dir():
+        return [f"data.root: there is no folder {root}"], 0
+    try:
+        names = _names(_read_sets(data, root))
+    except UserError as error:
+        return [str(error)], 0
+    problems = []
+    found = _find_videos(data, root)
+    lacking = [name for name in names if name not in found]
+    if lacking and with_videos:
+        folder = root / (data["videos"] or "videos")
         problems.append(f"data.videos: {folder} lacks {some(lacking)} of {len(names)} videos")
-    parts = {"data.root": root / "target_perframe"}
+    arrays = {"data.root": root / "target_perframe"}
     if data["motion"]:
-        parts["data.motion"] = root / data["motion"]
-    for key, part in parts.items():
-        lacking = [name for name in names if not (part / f"{name}.npy").is_file()]
+        arrays["data.motion"] = root / data["motion"]
+    for key, folder in arrays.items():
+        lacking = [name for name in names if not (folder / f"{name}.npy").is_file()]
         if lacking:
-            problems.append(f"{key}: {part} lacks {some(lacking)} of {len(names)} files .npy")
-    return 0 if problems else sum(_sizes(data, root)[1].values())
+            problems.append(f"{key}: {folder} lacks {some(lacking)} of {len(names)} files .npy")
+    return problems, 0 if problems else _count_steps(root, names)
 
 
 def _head_parameters(config: Mapping[str, Any]) -> int:

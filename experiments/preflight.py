@@ -27,6 +27,18 @@ def repeated_seeds(seeds: Sequence[int]) -> list[str]:
     return [f"--seeds: {some(map(str, repeated))} given twice"] if repeated else []
 
 
+def mini_encoders(labels: Sequence[str]) -> list[str]:
+    """Labels that no mini encoder has."""
+    from experiments.miniworld.encoders import ARMS
+
+    return [
+        f"--encoders: no mini encoder is called {label!r}; there are {', '.join(ARMS)}, or give "
+        "kind:folder"
+        for label in labels
+        if label not in ARMS
+    ]
+
+
 def released_encoders(labels: Mapping[str, str], problems: list[str]) -> dict[str, str]:
     """Specs of labels on real data; a label without a released encoder is added to ``problems``."""
     specs = {label: RELEASED.get(spec, spec) for label, spec in labels.items()}

@@ -11,7 +11,6 @@ from experiments.comparison import ComparisonError, encoder_labels, plan
 from experiments.config import UserError, packaged_configs
 from experiments.files import write_json
 
-PAIR = encoder_labels(["siglip", "streamformer"])
 LOCAL = ("siglip:{0}", "streamformer:{0}")
 
 
@@ -102,6 +101,16 @@ def test_wrong_places_and_names_are_refused(thumos, tmp_path, override, message)
         check(thumos, tmp_path, override)
 
 
+def test_ready_features_need_no_videos(thumos, tmp_path):
+    for path in (thumos / "videos" / "test").iterdir():
+        path.unlink()
+    check(thumos, tmp_path, encoders=["features:{0}"])
+    with pytest.raises(UserError, match="videos lacks 4"):
+        check(thumos, tmp_path)
+    with pytest.raises(UserError, match="features:/no/where: there is no folder /no/where"):
+        check(thumos, tmp_path, encoders=["features:/no/where"])
+
+
 def test_labels_mean_released_weights_on_real_data(thumos, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     check(thumos, tmp_path, encoders=("siglip", "streamformer"))
@@ -113,6 +122,13 @@ def test_labels_mean_released_weights_on_real_data(thumos, tmp_path, monkeypatch
         UserError, match="no released weights are called 'image' .*streamformer:/we"
     ):
         check(thumos, tmp_path, encoders=("image", "streamformer:{0}"))
+
+
+def test_labels_mean_mini_encoders_on_miniworld(tmp_path):
+    config, work = oad.resolve("miniworld", []), tmp_path / "work"
+    oad.preflight(config, encoder_labels(["siglip", "streamformer"], third_arm=True), [0], work)
+    with pytest.raises(UserError, match="no mini encoder is called 'clip'; there are siglip, str"):
+        oad.preflight(config, encoder_labels(["clip", "streamformer"]), [0], work)
 
 
 def test_too_little_disk_and_memory_are_refused(thumos, tmp_path, monkeypatch):

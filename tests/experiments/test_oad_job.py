@@ -24,11 +24,12 @@ SMALL = {
     "world.streams_val_long": 1,
     "world.streams_test": 4,
     "world.streams_test_long": 1,
-    "world.long_stream_frames": 240,
     "mini_siglip.steps": 20,
+    "mini_siglip.warmup": 2,
     "mini_siglip.batch_size": 16,
     "mini_siglip.text_batch": 8,
     "mini_video.updates": 6,
+    "mini_video.warmup": 2,
     "mini_video.localization": 4,
     "mini_video.recognition": 4,
     "mini_video.retrieval": 4,
@@ -94,6 +95,22 @@ def test_another_seed_is_added_without_a_new_world(job):
             metrics["online/mAP"]["seeds"][0] == first["metrics"][label]["online/mAP"]["seeds"][1]
         )
     assert report["world"] == first["world"]
+
+
+@pytest.mark.job
+def test_ready_features_give_the_same_numbers(job, tmp_path):
+    folder, arguments, first = job
+    ready = [
+        f"features:{next(folder.glob(f'features/{label}-*'))}" for label in ("siglip", "image")
+    ]
+    where = arguments.index("--work-dir") + 1
+    arguments = [*arguments[:where], str(tmp_path), *arguments[where + 1 :], "--encoders", *ready]
+    arguments.remove("--third-arm")
+    root = next(folder.glob("miniworld/*/streams"))
+    report = main([*arguments, "--set", f"data.root={root}", "--seeds", "1"])
+    for ours, theirs in zip(report["metrics"].values(), ("siglip", "image"), strict=True):
+        expected = first["metrics"][theirs]["online/mAP"]["seeds"][1]
+        assert ours["online/mAP"]["mean"] == expected
 
 
 @pytest.mark.job
