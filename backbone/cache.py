@@ -236,28 +236,23 @@ class StreamingCache:
             mask=None if bool(mask.all()) else mask.to(self.device),
         )
 
-    def extend(
-        self, layer: int, plan: StepPlan, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, plan: StepPlan, new: Tensor) -> Tensor:
         """Store a layer's new keys and values and return all that the new frames may read.
 
         Args:
             layer: layer number.
             plan: this step's :meth:`plan`.
-            keys: new keys ``(B, N, A, t, d)``.
-            values: new values, same shape.
+            new: keys and values of the new frames ``(2, B, N, A, t, d)``.
 
         Returns:
-            Keys and values ``(B, N, A, S, d)`` to attend to under ``plan.mask``.
+            Keys and values ``(2, B, N, A, S, d)`` to attend to under ``plan.mask``.
         """
         store = self._memory.store[layer]  # (2, B, N, A, slots, d), a view
         if not plan.reads_first:
-            self._write(store, plan, keys, values)
-        past_keys, past_values = store[:, self._index, :, :, : plan.visible]
-        if not plan.reads_first:
-            return past_keys, past_values
-        joined = torch.cat([past_keys, keys], dim=3), torch.cat([past_values, values], dim=3)
-        self._write(store, plan, keys[..., -plan.kept :, :], values[..., -plan.kept :, :])
+            self._write(store, plan, new)
+            return store[:, self._index, :, :, : plan.visible]
+        joined = torch.cat([store[:, self._index, :, :, : plan.visible], new], dim=4)
+        self._write(store, plan, new[..., -plan.kept :, :])
         return joined
 
     def advance(self, num_new: int) -> None:
@@ -265,13 +260,12 @@ class StreamingCache:
         for row in self._active:
             self._memory.positions[row] += num_new
 
-    def _write(self, store: Tensor, plan: StepPlan, keys: Tensor, values: Tensor) -> None:
-        for kind, new in enumerate((keys, values)):
-            if plan.run is not None:
-                store[kind, self._index, :, :, plan.run] = new.to(store.dtype)
-            else:
-                by_slot = store[kind].permute(0, 3, 1, 2, 4)  # (B, slots, N, A, d), a view
-                by_slot[plan.scatter] = new.permute(0, 3, 1, 2, 4).to(store.dtype)
+    def _write(self, store: Tensor, plan: StepPlan, new: Tensor) -> None:
+        if plan.run is not None:
+            store[:, self._index, :, :, plan.run] = new
+        else:
+            by_slot = store.permute(1, 4, 0, 2, 3, 5)  # (B, slots, 2, N, A, d), a view
+            by_slot[plan.scatter] = new.permute(1, 4, 0, 2, 3, 5).to(store.dtype)
 
     def _scatter(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         rows = torch.tensor(self._active)[:, None]  # (B, 1)

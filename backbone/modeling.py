@@ -84,7 +84,8 @@ class PatchEmbeddings(nn.Module):
         pixel_values = pixel_values.flatten(0, 1).to(self.patch_embedding.weight.dtype)
         grid = self.patch_embedding(pixel_values)  # (B*T, D, h, w)
         height, width = grid.shape[-2:]
-        tokens = grid.flatten(2).transpose(1, 2)  # (B*T, N, D)
+        # Left transposed, the residual stream would stay so, and every norm would copy it first.
+        tokens = grid.flatten(2).transpose(1, 2).contiguous()  # (B*T, N, D)
         tokens = self.dropout(tokens + self.positions(height, width))
         tokens = tokens.unflatten(0, (batch, frames))  # (B, T, N, D)
         if self.time_embedding is not None:
@@ -197,10 +198,11 @@ class TemporalAttention(Attention):
         """Attend through time, ``(B, T, N, D)`` to ``(B, T, N, D)``."""
         batch, _, patches, _ = tokens.shape
         qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = qkv.permute(3, 0, 2, 4, 1, 5)  # each (B, N, A, T, d)
+        qkv = qkv.permute(3, 0, 2, 4, 1, 5)  # (3, B, N, A, T, d)
+        query, keys_values = qkv[0], qkv[1:]
         if plan.cache is not None:
-            key, value = plan.cache.extend(layer, plan.step, key, value)  # (B, N, A, S, d)
-        query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # (B*N, A, ., d)
+            keys_values = plan.cache.extend(layer, plan.step, keys_values)  # (2, B, N, A, S, d)
+        query, (key, value) = query.flatten(0, 1), keys_values.flatten(1, 2)  # (B*N, A, ., d)
         mixed = self.attend(query, key, value, plan.mask, plan.is_causal)  # (B*N, A, T, d)
         mixed = mixed.transpose(1, 2).flatten(2).unflatten(0, (batch, patches))  # (B, N, T, D)
         return self.dropout(self.out(mixed.transpose(1, 2)))
