@@ -40,11 +40,13 @@ class StreamformerConfig(PretrainedConfig):
         causal: whether a frame sees only itself and earlier frames. Streaming needs it.
         window: frames a frame may attend to, itself included; the same for clips and streams, and
             the bound of a stream's memory. None: all earlier frames.
-        temporal_positions: which row of the time table frame ``i`` uses. Up to ``num_frames``
-            frames all policies agree. Past them ``hold`` repeats the last row; ``cycle`` starts
-            over; ``reset`` starts over and forgets, so that a stream is a row of separate clips;
-            ``nearest`` stretches the table over the clip, as the released code does: it makes early
-            frames depend on how many follow, so it refuses to stream.
+        temporal_positions: which row of the time table frame ``i`` uses. All policies agree for
+            the first ``num_frames`` frames. After them ``reset``, the default, starts over and
+            forgets, so that a stream is a row of clips as in training, and a window beyond
+            ``num_frames`` changes nothing; ``cycle`` starts over but goes on seeing the last
+            ``window`` frames; ``hold`` repeats the last row; ``nearest`` stretches the table over
+            the clip, as the released code does: it makes early frames depend on how many follow,
+            so it refuses to stream. Measured in docs/streaming.md.
         lora_rank: rank of the LoRA adapters on spatial attention; 0 for none.
         classifier_dropout: dropout before the classifier of a classification model (training only).
         released_pooling: in a classification model, pool tokens in the order of the released code,
@@ -71,7 +73,7 @@ class StreamformerConfig(PretrainedConfig):
     temporal_attention: bool = True
     causal: bool = True
     window: int | None = None
-    temporal_positions: Literal["hold", "cycle", "reset", "nearest"] = "hold"
+    temporal_positions: Literal["hold", "cycle", "reset", "nearest"] = "reset"
     lora_rank: int = 0
     classifier_dropout: float | int = 0.0
     released_pooling: bool = False

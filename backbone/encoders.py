@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from .cache import StreamingCache
 from .checkpoints import load_siglip
 from .fusion import fuse
 from .modeling import StreamformerModel
+
+logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "streamformer.encoders"
 
@@ -483,7 +486,15 @@ def _build_streamformer(
 ) -> StreamformerEncoder:
     fields = {"window": window, "temporal_positions": temporal_positions}
     asked = {name: value for name, value in fields.items() if value is not None}
-    return StreamformerEncoder(StreamformerModel.from_pretrained(source, **asked))
+    model = StreamformerModel.from_pretrained(source, **asked)
+    config = model.config
+    if window is not None and config.span is not None and config.span < window:
+        logger.warning(
+            'window=%d changes nothing: temporal_positions="reset" starts anew every %d frames. '
+            'For a longer memory train with temporal_positions="cycle", and ask for it',
+            window, config.num_frames,
+        )  # fmt: skip
+    return StreamformerEncoder(model)
 
 
 register_encoder("siglip", _build_siglip)

@@ -93,7 +93,7 @@ class ModelConfig:
     siglip: str
     num_frames: int = 16
     window: int | None = None
-    temporal_positions: str = "hold"
+    temporal_positions: str = "reset"
     temporal_attention: bool = True
     gate: float = 0.0
     time_scale: float = 0.0

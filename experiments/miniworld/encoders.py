@@ -42,8 +42,8 @@ class VideoRecipe:
         num_frames: rows of the time table and frames of a normal clip.
         window: frames that a frame may see, in training as in streams.
         temporal_positions: policy past the time table, in training as in streams.
-        long_share, long_frames: share of batches with clips longer than the time table, so that
-            the encoder is trained as it streams.
+        long_share, long_frames: share of batches with clips longer than the time table, for
+            policies that look further back in streams than in clips; ``reset`` does not.
         gate, time_scale: the head start of time, see ``backbone.lift_siglip``.
         updates, lr, warmup: AdamW with a cosine schedule.
         localization, recognition, retrieval: clips of each task in an update.
@@ -52,16 +52,16 @@ class VideoRecipe:
 
     num_frames: int = 16
     window: int = 16
-    temporal_positions: str = "cycle"
-    long_share: float = 0.2
+    temporal_positions: str = "reset"
+    long_share: float = 0.0
     long_frames: int = 48
     gate: float = 1.0
     time_scale: float = 0.5
-    updates: int = 2400
+    updates: int = 1800
     lr: float = 1.2e-3
     warmup: int = 40
     localization: int = 8
-    recognition: int = 4
+    recognition: int = 2
     retrieval: int = 4
     seed: int = 0
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
+import numpy as np
+
 from .actions import ACTIONS, RADIUS, X, Y
 from .scene import COLOURS, TEXTURES, Item
 from .script import Scene, Script, Segment
@@ -60,10 +62,25 @@ def captions(script: Script, size: int) -> list[str]:
     return list(dict.fromkeys(out))
 
 
+def whereabouts(pose: np.ndarray, size: int) -> str:
+    """Where a shape is, "at the top left", as far as it is clear."""
+    right, down = (pose[[X, Y]] - size / 2) / size
+    row = "" if abs(down) < 0.1 else "top" if down < 0 else "bottom"
+    column = "" if abs(right) < 0.1 else "left" if right < 0 else "right"
+    words = f"{row} {column}".strip()
+    return f"at the {words}" if words else "in the middle"
+
+
 def still_caption(rng: Random, scene: Scene, size: int) -> str:
-    """A caption of a still: what is there, nothing about time."""
+    """A caption of a still: what is there and, half of the time, where; nothing about time."""
     radii = scene.tracks[:, 0, RADIUS]
-    seen = listing([describe(i, r, size) for i, r in zip(scene.items, radii, strict=True)])
+    names = [describe(i, r, size) for i, r in zip(scene.items, radii, strict=True)]
+    if rng.random() < 0.5:
+        names = [
+            f"{name} {whereabouts(pose, size)}"
+            for name, pose in zip(names, scene.tracks[:, 0], strict=True)
+        ]
+    seen = listing(names)
     opening = rng.choice(("", "", "", "a photo of ", "a picture of ", "an image of "))
     ground = f" on a {TEXTURES[scene.background]} background" if rng.random() < 0.2 else ""
     return f"{opening}{seen}{ground}"

@@ -56,7 +56,7 @@ class SiglipRecipe:
     text_length: int = 24
     steps: int = 700
     batch_size: int = 256
-    text_batch: int = 96
+    text_batch: int = 64
     lr: float = 4e-3
     warmup: int = 40
     weight_decay: float = 0.05

@@ -23,7 +23,9 @@ TINY = {
     "num_attention_heads": 2,
     "intermediate_size": 32,
     "num_frames": 6,
+    "temporal_positions": "hold",  # the default, reset, would end every window at six frames
 }
+VIDEO_ONLY = ("num_frames", "temporal_positions")
 
 
 def _randomise(model: torch.nn.Module) -> None:
@@ -62,7 +64,7 @@ def make_siglip(tmp_path: Path) -> Callable[..., Path]:
     """A folder with a tiny random SigLIP; ``whole`` for image and text, else the image tower."""
 
     def make(whole: bool = False, **fields: object) -> Path:
-        vision = {key: value for key, value in TINY.items() if key != "num_frames"} | fields
+        vision = {key: value for key, value in TINY.items() if key not in VIDEO_ONLY} | fields
         if whole:
             text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
                     "intermediate_size": 32, "vocab_size": 32, "projection_size": 16}  # fmt: skip
