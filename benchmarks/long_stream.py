@@ -40,7 +40,7 @@ def main() -> None:
     torch.manual_seed(0)
     config = StreamformerConfig(
         image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
-        intermediate_size=128, window=options.window,
+        intermediate_size=128, window=options.window, temporal_positions="cycle",
     )  # fmt: skip
     model = fuse(StreamformerModel(config))
     frames = torch.randn(1, 64, 3, 32, 32)

@@ -33,7 +33,9 @@ LIMIT = 1.15  # of the floor
 def build(window: int) -> StreamformerModel:
     """The base model with random weights; gates open, or half of it would be left unproven."""
     torch.manual_seed(0)
-    model = StreamformerModel(StreamformerConfig(window=window, lora_rank=32)).eval()
+    # "cycle": the memory stays full, where the default policy would empty it every 16 frames.
+    config = StreamformerConfig(window=window, temporal_positions="cycle", lora_rank=32)
+    model = StreamformerModel(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "gate" in name or "lora_" in name or "time_embedding" in name:

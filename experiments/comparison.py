@@ -11,11 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from experiments.config import UserError, digest, flatten
 from experiments.files import read_json, write_json
@@ -25,6 +31,7 @@ logger = logging.getLogger(__name__)
 ENCODER = "encoder"  # the one key under which resolved runs may differ
 CONTROL = "image"  # label of the third arm
 ABSENT = "(absent)"
+RESULT = "result.json"  # of a finished run
 
 
 class ComparisonError(RuntimeError):
@@ -176,7 +183,9 @@ def _describe(differing: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def run_all(
-    runs: Sequence[Run], run_one: Callable[[dict[str, Any], Path], dict[str, Any]]
+    runs: Sequence[Run],
+    run_one: Callable[[dict[str, Any], Path], dict[str, Any]],
+    jobs: int = 1,
 ) -> tuple[dict[str, dict[int, dict[str, Any]]], list[str]]:
     """Run, or take from an earlier call, every planned run.
 
@@ -184,6 +193,7 @@ def run_all(
         runs: from ``plan``.
         run_one: ``(resolved config, folder) -> outcome`` as JSON values. It is called again in the
             same folder after an interruption and goes on from what it finds there.
+        jobs: processes that share the runs; with more than one, ``run_one`` must be picklable.
 
     Returns:
         label -> seed -> outcome, and the keys in which the encoders' configs differ.
@@ -198,36 +208,81 @@ def run_all(
             for key in config_difference({r.label: r.config for r in runs if r.seed == seed})
         }
     )
+    pending = [run for run in runs if not _is_finished(run)]
+    for run in runs:
+        if run not in pending:
+            logger.info("%s, seed %d: finished earlier, in %s", run.label, run.seed, run.folder)
+    for number, run in enumerate(_finishing(pending, run_one, min(jobs, len(pending))), start=1):
+        done = f"{number} of {len(pending)}"
+        logger.info("run %s done: %s, seed %d", done, run.label, run.seed)
     outcomes: dict[str, dict[int, dict[str, Any]]] = {}
-    for number, run in enumerate(runs, start=1):
-        name = f"run {number} of {len(runs)}: {run.label}, seed {run.seed}"
-        outcomes.setdefault(run.label, {})[run.seed] = _run_or_resume(run, run_one, name)
+    for run in runs:
+        result = read_json(run.folder / RESULT)
+        outcomes.setdefault(run.label, {})[run.seed] = result["outcome"]
     return outcomes, difference
 
 
-def _run_or_resume(
-    run: Run, run_one: Callable[[dict[str, Any], Path], dict[str, Any]], name: str
-) -> dict[str, Any]:
+def _finishing(
+    runs: Sequence[Run], run_one: Callable[[dict[str, Any], Path], dict[str, Any]], jobs: int
+) -> Iterator[Run]:
+    """Do all runs, in this process or in several; yields each when it is done."""
+    if jobs <= 1:
+        for run in runs:
+            _do(run, run_one)
+            yield run
+        return
+    with _quiet_bars():  # bars of several processes would write over each other
+        pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+        bar = tqdm(total=len(runs), desc=f"runs, {jobs} at a time", unit="run")
+        try:
+            waiting = {pool.submit(_do, run, run_one): run for run in runs}
+            for future in as_completed(waiting):
+                future.result()
+                bar.update()
+                yield waiting[future]
+        finally:
+            bar.close()
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _quiet_bars() -> Iterator[None]:
+    """Let processes that start meanwhile show no progress bars."""
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"  # read by tqdm when it is imported
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before
+
+
+def _is_finished(run: Run) -> bool:
+    """Whether the result is there; a folder of another config is set aside first."""
     _set_aside_if_stale(run)
-    result_file = run.folder / "result.json"
-    if result_file.is_file():
-        result = read_json(result_file)
-        if result["digest"] != digest(run.config):
-            raise ComparisonError(
-                f"{result_file} does not belong to the config.json beside it "
-                f"(digest {result['digest']}, not {digest(run.config)}); delete the folder"
-            )
-        logger.info("%s: finished earlier, read from %s", name, result_file)
-        return result["outcome"]
-    logger.info("%s", name)
+    if not (run.folder / RESULT).is_file():
+        return False
+    result = read_json(run.folder / RESULT)
+    if result["digest"] != digest(run.config):
+        raise ComparisonError(
+            f"{run.folder / RESULT} does not belong to the config.json beside it "
+            f"(digest {result['digest']}, not {digest(run.config)}); delete the folder"
+        )
+    return True
+
+
+def _do(run: Run, run_one: Callable[[dict[str, Any], Path], dict[str, Any]]) -> None:
+    """One run, from its config to its result file."""
     write_json(run.folder / "config.json", run.config)
     start = time.perf_counter()
     outcome = run_one(run.config, run.folder)
     seconds = round(time.perf_counter() - start, 3)
     write_json(
-        result_file, {"digest": digest(run.config), "wall_seconds": seconds, "outcome": outcome}
+        run.folder / RESULT,
+        {"digest": digest(run.config), "wall_seconds": seconds, "outcome": outcome},
     )
-    return outcome
 
 
 def _set_aside_if_stale(run: Run) -> None:

@@ -72,6 +72,11 @@ def choose_device(name: str) -> str:
     return name
 
 
+def cores() -> int:
+    """The cores this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def to_markdown(values: dict[str, Any]) -> str:
     """Two columns, one row each."""
     rows = [f"| {name} | {'-' if value is None else value} |" for name, value in values.items()]

@@ -17,13 +17,14 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from experiments import comparison
 from experiments.comparison import ENCODER, Run, config_difference, plan, run_all
 from experiments.config import UserError, digest, field_defaults, load_config
-from experiments.environment import choose_device, environment
+from experiments.environment import choose_device, cores, environment
 from experiments.files import read_json
 from experiments.report import build_report, publish, summarise
 
@@ -90,9 +91,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for label, spec in source.encoders.items()
     }
     runs = plan(config, encoders, args.seeds, folder)
-    outcomes, difference = run_all(
-        runs, lambda resolved, where: run_one(resolved, where, source.root, folder, args.device)
-    )
+    train = partial(run_one, data_root=source.root, folder=folder, device=args.device)
+    outcomes, difference = run_all(runs, train, jobs=_jobs(config, args.device))
     compare_as_run(runs)
 
     report = build_report(
@@ -283,6 +283,14 @@ def run_one(
         device=device,
     )
     return outcome_of(result, config["data"])
+
+
+def _jobs(config: Mapping[str, Any], device: str) -> int:
+    """Runs side by side: where the config bounds the threads of one, as many as the cores take."""
+    threads = config["train"]["threads"]
+    if threads is None or choose_device(device) != "cpu":
+        return 1
+    return max(1, cores() // threads)
 
 
 def outcome_of(result: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:

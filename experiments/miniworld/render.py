@@ -32,6 +32,8 @@ from random import Random
 import numpy as np
 from tqdm import tqdm
 
+from experiments.environment import cores
+
 from .actions import ANGLE, CLASS_NAMES, RADIUS
 from .jobs import Job, plan
 from .language import captions, describe, questions, sentence, still_caption
@@ -63,13 +65,8 @@ def render_world(root: Path | str, params: WorldParams, workers: int | None = No
         return world
     root.mkdir(parents=True, exist_ok=True)
     with _appearing(world) as folder:
-        _render(folder, params, workers or _cores())
+        _render(folder, params, workers or cores())
     return world
-
-
-def _cores() -> int:
-    """The cores this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
