@@ -23,8 +23,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from backbone.files import read_json, write_json
 from experiments.config import UserError, digest, flatten
-from experiments.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from backbone.files import read_json, replacing, write_json
 from experiments.config import UserError
-from experiments.files import read_json, replacing, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from backbone.files import read_json
 from experiments import comparison
 from experiments.comparison import ENCODER, Run, config_difference, plan, run_all
 from experiments.config import UserError, digest, field_defaults, load_config
 from experiments.environment import choose_device, cores, environment
-from experiments.files import read_json
 from experiments.report import build_report, publish, summarise
 
 logger = logging.getLogger(__name__)

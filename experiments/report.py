@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.files import replacing, write_json, write_text
+from backbone.files import replacing, write_json, write_text
 
 # Okabe-Ito colours: told apart on paper and by the colour-blind. Others take what is left.
 COLOURS = {"siglip": "#7a8ca0", "image": "#d9a441", "streamformer": "#0072b2"}

@@ -28,16 +28,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from backbone import lift_siglip
+from backbone.files import write_json, write_text
 from pretrain.alignment import gather_ranks
 from pretrain.build import build_dataset, build_objective
 from pretrain.card import CONFIG_FILE, model_card
-from pretrain.checkpoints import (
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-    write_json,
-    write_text,
-)
+from pretrain.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from pretrain.config import PretrainConfig
 from pretrain.datasets import Batch, Sample, VideoDataset, collate
 from pretrain.datasets.decode import FailureLedger, FrameStore

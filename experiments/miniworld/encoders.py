@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from backbone import VideoEncoder, build_encoder
+from backbone.files import write_json
 from experiments.config import digest
-from experiments.files import write_json
 from pretrain import PretrainConfig, train
 
 from .siglip import SiglipRecipe, Stills, normalize, read_stills, train_siglip

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from backbone.checkpoints import CheckpointError, load_strict
-from integrations.oad.files import replaced
+from backbone.files import replacing
 from integrations.oad.mat import MatConfig, MatHead, Stack
 
 FORMAT = "streamformer-mat-1"
@@ -171,7 +171,7 @@ def save_head(head: MatHead, path: str | Path, notes: Mapping[str, Any] | None =
         "notes": json.dumps(dict(notes or {}), allow_nan=False),
     }
     state = {name: value.cpu().contiguous() for name, value in head.state_dict().items()}
-    with replaced(path) as temporary:
+    with replacing(path) as temporary:
         save_file(state, temporary, metadata)
 
 

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from backbone import VideoEncoder
 from backbone import video as media
-from integrations.oad.files import replaced, write_json
+from backbone.files import replacing, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -387,7 +387,7 @@ def write_features(
     array = Path(root) / f"{video}.npy"
     array.unlink(missing_ok=True)
     write_json(Path(root) / f"{video}.json", facts)
-    with replaced(array) as temporary:
+    with replacing(array) as temporary:
         np.save(temporary, features.astype(np.float32, copy=False))
 
 

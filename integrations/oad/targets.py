@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from integrations.oad.files import replaced, write_json
+from backbone.files import replacing, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def build_targets(
                 for s in found
                 if s.end > duration
             ]
-            with replaced(out / "target_perframe" / f"{video}.npy") as path:
+            with replacing(out / "target_perframe" / f"{video}.npy") as path:
                 np.save(path, targets[video])
         entry[key] = list(targets)
         sets[key] = _summary(targets, class_names, data_info["ignore_index"])

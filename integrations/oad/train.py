@@ -33,6 +33,7 @@ from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from backbone.files import write_json
 from integrations.oad.checkpoints import save_head
 from integrations.oad.config import DataConfig, EvalConfig, OadConfig
 from integrations.oad.data import (
@@ -43,7 +44,6 @@ from integrations.oad.data import (
     read_data_info,
     read_session,
 )
-from integrations.oad.files import write_json
 from integrations.oad.hooks import (
     AverageWeights,
     DecayMatrices,

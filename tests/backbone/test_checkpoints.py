@@ -451,6 +451,23 @@ def test_lift_leaves_time_shut_but_ready_to_learn(make_siglip):
     assert all(layer.temporal_gate.grad.abs() > 0 for layer in model.layers)
 
 
+@pytest.mark.parametrize("num_frames", [1, 2, 7, 16])
+def test_lift_with_a_head_start(make_siglip, num_frames):
+    """Gates ajar; a time table of whole waves, alike from row to row as a circle is."""
+    model = lift_siglip(make_siglip(), num_frames=num_frames, gate=0.3, time_scale=0.5)
+    assert all(layer.temporal_gate == 0.3 for layer in model.layers)
+    table = model.embeddings.time_embedding[0]
+    assert table.shape == (num_frames, 16)
+    torch.testing.assert_close(table.square().mean(1), torch.full((num_frames,), 0.25))
+    likeness = table @ table.T
+    shifted = table.roll(1, 0) @ table.roll(1, 0).T
+    torch.testing.assert_close(likeness, shifted, rtol=0, atol=1e-5)
+    if num_frames > 2:
+        assert (likeness - likeness.diag().diag()).max() < likeness.diag().min() - 0.1
+    frames = lift_siglip(make_siglip(), temporal_attention=False, gate=0.3, time_scale=0.5)
+    assert frames.embeddings.time_embedding is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -407,6 +407,16 @@ def test_unknown_kinds_are_refused():
         build_encoder("clip:somewhere")
 
 
+def test_a_window_without_effect_is_pointed_out(make_encoder, caplog):
+    name = make_encoder("streamformer").name  # num_frames=6
+    build_encoder(name, window=6, temporal_positions="reset")
+    build_encoder(name, window=7, temporal_positions="cycle")
+    assert "changes nothing" not in caplog.text
+    build_encoder(name, window=7, temporal_positions="reset")
+    assert "window=7 changes nothing" in caplog.text
+    assert "starts anew every 6 frames" in caplog.text
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_source_that_is_not_there(kind, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere: no such file or folder"):

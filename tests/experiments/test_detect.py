@@ -9,10 +9,10 @@ from PIL import Image
 from transformers import SiglipConfig, SiglipModel
 
 from backbone import build_encoder, lift_siglip, video
+from backbone.files import write_json
 from experiments.config import UserError
 from experiments.detect import Seen, Switch, Watcher, find_head, speed
 from experiments.drawing import canvas_size, draw_scores
-from experiments.files import write_json
 from experiments.run import main
 from integrations.oad.checkpoints import save_head
 from integrations.oad.features import FrameRule, extract_video

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from backbone.files import write_json
 from experiments import oad, preflight
 from experiments.comparison import ComparisonError, encoder_labels, plan
 from experiments.config import UserError, packaged_configs
-from experiments.files import write_json
 
 LOCAL = ("siglip:{0}", "streamformer:{0}")
 

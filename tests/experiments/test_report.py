@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from backbone.files import replacing, write_json
 from experiments.environment import environment, to_markdown
-from experiments.files import replacing, write_json
 from experiments.report import (
     build_report,
     paired_difference,
