@@ -1,7 +1,9 @@
 """The controlled comparison: equal but for the encoder, resumed, and never mixed."""
 
+import importlib
 import json
 import logging
+import os
 
 import pytest
 
@@ -55,6 +57,29 @@ def test_every_encoder_and_seed_runs_in_its_own_folder(tmp_path):
     config = json.loads((tmp_path / "siglip" / "seed1" / "config.json").read_text())
     assert result["digest"] == digest(config)
     assert config["seed"] == 1 and config["train"]["betas"] == [0.9, 0.99]
+
+
+ABROAD = """
+import os
+def work(config, folder):
+    if config["seed"] == 9:
+        raise RuntimeError("seed 9 fails")
+    return {"metrics": {"online/mAP": config["seed"]}, "process": os.getpid()}
+"""
+
+
+def test_runs_share_the_cores_and_an_error_in_one_comes_back(tmp_path, monkeypatch):
+    (tmp_path / "abroad.py").write_text(ABROAD)
+    monkeypatch.syspath_prepend(tmp_path)
+    work = importlib.import_module("abroad").work
+    outcomes, _ = run_all(plan(CONFIG, ENCODERS, [0, 1], tmp_path), work, jobs=2)
+    found = {label: [run["metrics"]["online/mAP"] for run in by_seed.values()]
+             for label, by_seed in outcomes.items()}  # fmt: skip
+    assert found == {"siglip": [0, 1], "streamformer": [0, 1]}
+    assert os.getpid() not in {run["process"] for by in outcomes.values() for run in by.values()}
+    with pytest.raises(RuntimeError, match="seed 9 fails"):
+        run_all(plan(CONFIG, ENCODERS, [0, 9], tmp_path), work, jobs=2)
+    assert "TQDM_DISABLE" not in os.environ
 
 
 def test_finished_runs_are_taken_from_earlier_calls(tmp_path):
