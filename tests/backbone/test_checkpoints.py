@@ -118,6 +118,9 @@ def test_adapters_can_be_added_while_loading(make_model, tmp_path):
         frozen = [name for name, w in loaded.named_parameters() if not w.requires_grad]
         assert len(frozen) == 8
         assert all(".base_layer." in name for name in frozen)
+    config = AutoConfig.from_pretrained(tmp_path, lora_rank=2)
+    assert StreamformerModel.from_pretrained(tmp_path, config=config).config.lora_rank == 2
+    assert config.lora_rank == 2  # the caller's own is left alone
     loaded.save_pretrained(tmp_path / "again")
     assert same(StreamformerModel.from_pretrained(tmp_path / "again"), model)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from backbone import StreamformerConfig, StreamformerForVideoClassification, StreamformerModel
-from backbone.modeling import drop_path
+from backbone.modeling import TimePlan, drop_path
 
 
 def test_outputs(make_model):
@@ -106,6 +106,25 @@ def test_drop_path_grows_with_depth(make_model):
     model = make_model(drop_path_rate=0.4, num_hidden_layers=3)
     assert [layer.drop_path for layer in model.layers] == pytest.approx([0.0, 0.2, 0.4])
     assert make_model(drop_path_rate=0.4, num_hidden_layers=1).layers[0].drop_path == 0.0
+
+
+@pytest.mark.parametrize(
+    ("branch", "drawn_for"),
+    [("temporal", (0, 2)), ("spatial", (0, 1)), ("mlp", (0,))],  # clip and patch; clip and frame
+)
+def test_what_drop_path_drops_together(make_model, branch, drawn_for):
+    layer = make_model(drop_path_rate=0.5).layers[-1].train()
+    last = {"temporal": layer.temporal_dense, "spatial": layer.spatial_attention.out,
+            "mlp": layer.mlp.fc2}  # fmt: skip
+    for name, linear in last.items():
+        if name != branch:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+    tokens = torch.randn(9, 7, 5, 16)
+    kept = (layer(tokens, TimePlan()) != tokens).any(-1)  # (B, T, N)
+    for dim in range(3):
+        first = kept.select(dim, 0).unsqueeze(dim)
+        assert bool((kept == first).all()) == (dim not in drawn_for)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from backbone import StreamingCache
 from backbone.cache import attendable
+from backbone.modeling import time_rows
 
 TOLERANCE = 1e-5  # of the output's scale: float32, sums in another order
 POLICIES = ["hold", "cycle", "reset"]
@@ -80,6 +81,29 @@ def test_equal_chunks_around_the_size_of_the_ring(
     assert_same(found, whole(model, clip))
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 5, 11])
+@pytest.mark.parametrize("window", [1, 4, 5, 6, 7])
+def test_segments_that_begin_anywhere_in_the_ring(make_model, assert_same, window, chunk):
+    model = make_model(window=window, temporal_positions="reset", num_frames=6)
+    clip = torch.randn(2, 32, 3, 16, 16)
+    found, _ = feed(model, clip, chunk)
+    assert_same(found, whole(model, clip))
+
+
+def test_a_chunk_longer_than_the_ring_stores_its_end():
+    cache = StreamingCache(1, 1, 1, 1, 1, window=3)
+    for count in (2, 7, 1, 4):
+        plan = cache.plan(count)
+        assert plan.kept == min(count, 3)  # no slot is written twice in one step
+        start = cache.positions[0]
+        new = torch.arange(start, start + count).float().expand(2, 1, 1, 1, 1, count).mT
+        cache.extend(0, plan, new)
+        cache.advance(count)
+        last = range(max(0, start + count - 3), start + count)
+        held = cache._memory.store[0, 0, 0, 0, 0, :, 0].tolist()
+        assert all(held[frame % 3] == frame for frame in last)
+
+
 def test_reset_policy_is_a_row_of_separate_clips(make_model, assert_same):
     model = make_model(temporal_positions="reset", num_frames=6)
     clip = torch.randn(1, 20, 3, 16, 16)
@@ -124,6 +148,17 @@ def test_rule_of_causality_by_enumeration(window, segment):
             and (segment is None or query // segment == key // segment)
         }
         assert {int(k) - 2 for k in allowed[query].nonzero()} == seen
+
+
+@pytest.mark.parametrize(
+    ("policy", "rows"),
+    [("hold", [0, 1, 2, 2, 2, 2, 2]), ("cycle", [0, 1, 2, 0, 1, 2, 0]),
+     ("reset", [0, 1, 2, 0, 1, 2, 0])],
+)  # fmt: skip
+def test_rows_of_the_time_table(make_model, policy, rows):
+    config = make_model(num_frames=3, temporal_positions=policy).config
+    for clip_length in (7, None):
+        assert time_rows(config, torch.arange(7), clip_length).tolist() == rows
 
 
 # -- 2. the past never changes --------------------------------------------------------------------
@@ -283,6 +318,28 @@ def test_a_stream_saved_and_restored_goes_on(make_model, tmp_path, window):
     found, restored = feed(model, clip[:, 23:], 9, restored)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert restored.positions == memory.positions == [50, 50]
+
+
+def test_a_saved_state_is_a_copy(make_model):
+    model = make_model(window=4)
+    _, memory = feed(model, torch.randn(2, 9, 3, 16, 16), 3)
+    state = memory.state_dict()
+    before = {key: value.clone() for key, value in state.items()}
+    feed(model, torch.randn(2, 9, 3, 16, 16), 3, memory)
+    assert all(torch.equal(state[key], before[key]) for key in before)
+    memory.load_state_dict(state)
+    feed(model, torch.randn(2, 9, 3, 16, 16), 3, memory)
+    assert all(torch.equal(state[key], before[key]) for key in before)
+
+
+def test_a_reset_stream_forgets_even_what_was_broken(make_model):
+    """Empty slots are masked where a neighbour's are read, but a masked NaN is still a NaN."""
+    model, clip = make_model(window=8), torch.randn(2, 9, 3, 16, 16)
+    clip[1] = torch.nan
+    _, memory = feed(model, clip, 3)
+    memory.reset([1])
+    found, _ = feed(model, torch.randn(2, 5, 3, 16, 16), [1, 3, 1], memory)
+    assert all(part.isfinite().all() for part in found)
 
 
 def test_a_state_can_be_put_on_another_device(make_model):
