@@ -376,6 +376,7 @@ def from_own(load: Callable[..., tuple], source: str | Path, *args: Any, **optio
             for key, found, expected in sorted(info["mismatched_keys"])
         ],
     )
+    _refuse_broken(source, model.state_dict())
     adapt(model, **asked)
     return (model, info) if wants_info else model
 
@@ -453,7 +454,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # damaged pickles raise a dozen kinds that share no other base
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) cannot be read as plain tensors: "
-            f"{str(error).partition(chr(10))[0]} If it is truncated, copy or download it again"
+            f"{str(error).partition(chr(10))[0]}; if it is truncated, copy or download it again"
         ) from error
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
@@ -539,12 +540,17 @@ def load_strict(
             if key in own and state[key].shape != own[key].shape
         ],
     )
-    broken = [key for key, value in state.items() if not value.isfinite().all()]
+    _refuse_broken(source, state)
+    model.load_state_dict(dict(state), strict=False)
+
+
+def _refuse_broken(source: object, state: Mapping[str, Tensor]) -> None:
+    """Raise a CheckpointError that names the first few tensors with NaN or infinity."""
+    broken = [key for key, value in state.items() if not (value.is_meta or value.isfinite().all())]
     if broken:
         raise CheckpointError(
             f"{source} holds values that are not finite, in {', '.join(broken[:3])}"
         )
-    model.load_state_dict(dict(state), strict=False)
 
 
 def _refuse(source: object, layout: str, **problems: list[str]) -> None:
@@ -612,15 +618,17 @@ def _released_config(source: str | Path, hub: Mapping[str, Any]) -> dict[str, An
 
 def _shapes_say(state: Mapping[str, Tensor], source: object) -> dict[str, Any]:
     """Config fields that the shapes of a renamed released checkpoint give away."""
-    needed = (
-        "embeddings.patch_embedding.weight", "embeddings.position_embedding",
-        "embeddings.time_embedding", "layers.0.mlp.fc1.weight",
-    )  # fmt: skip
-    lacking = [key for key in needed if key not in state]
+    dimensions = {
+        "embeddings.patch_embedding.weight": 4,
+        "embeddings.position_embedding": 3,
+        "embeddings.time_embedding": 3,
+        "layers.0.mlp.fc1.weight": 2,
+    }
+    lacking = [k for k, count in dimensions.items() if k not in state or state[k].ndim != count]
     if lacking:
         raise CheckpointError(
-            f"{source} is not a released StreamFormer checkpoint: missing {', '.join(lacking)} "
-            "(keys under our names)"
+            f"{source} is not a released StreamFormer checkpoint: missing or misshapen "
+            f"{', '.join(lacking)} (keys under our names)"
         )
     width, channels, patch, _ = state["embeddings.patch_embedding.weight"].shape
     grid = round(state["embeddings.position_embedding"].shape[1] ** 0.5)

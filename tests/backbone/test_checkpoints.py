@@ -192,6 +192,7 @@ KEY = "layers.1.mlp.fc1.weight"
         (without(KEY), f"1 missing: {KEY}$"),
         (with_extra("layers.9.new"), "1 unexpected: layers.9.new$"),
         (reshaped(KEY), rf"1 misshapen: {KEY} \(3, 5\) instead of \(32, 16\)$"),
+        (not_finite(KEY), f"values that are not finite, in {KEY}$"),
     ],
 )
 def test_own_layout_that_does_not_fit(make_model, tmp_path, change, message):
@@ -342,7 +343,9 @@ LORA = "encoder.layer.2.attention.attention.qkv_lora_b.weight"
     ("weights", "change", "message"),
     [
         ("causal", without(THEIRS), f"1 missing: {KEY}$"),
-        ("causal", without("embeddings.time_embeddings"), "missing embeddings.time_embedding"),
+        ("causal", without("embeddings.time_embeddings"), "or misshapen embeddings.time_embedding"),
+        ("causal", reshaped("embeddings.patch_embeddings.projection.weight"),
+         "missing or misshapen embeddings.patch_embedding.weight"),
         ("causal", with_extra("encoder.layer.1.new.weight"), "1 unexpected: encoder.layer.1.new"),
         ("causal", reshaped(THEIRS), rf"1 misshapen: {KEY} \(3, 5\) instead of \(64, 32\)"),
         ("causal", not_finite(THEIRS), f"values that are not finite, in {KEY}"),
