@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     preflight(config, labels, args.seeds, folder)
 
+    _bound_threads(config)
     source = prepare(config, labels, folder)
     encoders = {
         label: extract(label, spec, source, config, folder, args.device)
@@ -283,6 +284,18 @@ def run_one(
         device=device,
     )
     return outcome_of(result, config["data"])
+
+
+def _bound_threads(config: Mapping[str, Any]) -> None:
+    """Keep torch in this process, too, to the threads that the config allows a run.
+
+    Threads spin while they wait for one another: with small tensors the second core gains little on
+    an idle machine, and one busy neighbour on it makes two threads seven times slower than one.
+    """
+    if config["train"]["threads"] is not None:
+        import torch
+
+        torch.set_num_threads(config["train"]["threads"])
 
 
 def _jobs(config: Mapping[str, Any], device: str) -> int:

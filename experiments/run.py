@@ -12,7 +12,6 @@ import argparse
 import difflib
 import importlib
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,10 +20,6 @@ from typing import Any
 
 if not __package__:  # run as a script, installed or not: the clone's packages come first
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-# Torch's threads otherwise spin while they wait for one another, and one busy neighbour on the same
-# cores makes training on two of them seven times slower. Read when torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 VERBS = {  # verb -> (module, what it does)
     "oad": ("experiments.oad", "compare frozen encoders on online action detection"),
