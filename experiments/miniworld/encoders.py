@@ -57,12 +57,12 @@ class VideoRecipe:
     long_frames: int = 48
     gate: float = 1.0
     time_scale: float = 0.5
-    updates: int = 1200
+    updates: int = 1700
     lr: float = 1.2e-3
     warmup: int = 40
     localization: int = 8
     recognition: int = 2
-    retrieval: int = 4
+    retrieval: int = 2
     seed: int = 0
 
 

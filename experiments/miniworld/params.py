@@ -36,8 +36,8 @@ class WorldParams:
     streams_train: int = 96
     streams_val: int = 24
     streams_val_long: int = 6
-    streams_test: int = 64
-    streams_test_long: int = 16
+    streams_test: int = 48
+    streams_test_long: int = 12
     stream_frames: int = 160
     long_stream_frames: int = 768
     scene_frames: tuple[int, int] = (80, 160)  # a stream cuts to a new scene this often

@@ -41,7 +41,7 @@ head = {
 }
 
 train = {
-    "epochs": 30,
+    "epochs": 24,
     "batch_size": 32,
     "lr": 1e-3,
     "weight_decay": 1e-4,
