@@ -23,7 +23,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from backbone.files import read_json, write_json
 from experiments.config import UserError, digest, flatten
 
 logger = logging.getLogger(__name__)
@@ -201,6 +200,8 @@ def run_all(
     Raises:
         ComparisonError: before anything runs, if the configs differ in more than the encoder.
     """
+    from backbone.files import read_json
+
     difference = sorted(
         {
             key
@@ -261,6 +262,8 @@ def _quiet_bars() -> Iterator[None]:
 
 def _is_finished(run: Run) -> bool:
     """Whether the result is there; a folder of another config is set aside first."""
+    from backbone.files import read_json
+
     _set_aside_if_stale(run)
     if not (run.folder / RESULT).is_file():
         return False
@@ -275,6 +278,8 @@ def _is_finished(run: Run) -> bool:
 
 def _do(run: Run, run_one: Callable[[dict[str, Any], Path], dict[str, Any]]) -> None:
     """One run, from its config to its result file."""
+    from backbone.files import write_json
+
     write_json(run.folder / "config.json", run.config)
     start = time.perf_counter()
     outcome = run_one(run.config, run.folder)
@@ -287,6 +292,8 @@ def _do(run: Run, run_one: Callable[[dict[str, Any], Path], dict[str, Any]]) -> 
 
 def _set_aside_if_stale(run: Run) -> None:
     """Rename the folder of a run of another config, and say in what it differs."""
+    from backbone.files import read_json
+
     config_file = run.folder / "config.json"
     if not config_file.is_file():
         return

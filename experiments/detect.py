@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from backbone.files import read_json, replacing, write_json
 from experiments.config import UserError
 
 logger = logging.getLogger(__name__)
@@ -247,6 +246,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def watch(args: argparse.Namespace, trained: Trained, encoder: Any, out: Path) -> dict[str, Any]:
     """Read the video to its end (or Ctrl-C, or ``--max-seconds``) and write what was seen."""
     from backbone import video
+    from backbone.files import replacing, write_json
 
     names = [trained.classes[column] for column in trained.actions]
     watcher, seen = Watcher(encoder, trained), Seen(names, Switch(args.threshold))
@@ -393,6 +393,7 @@ def _default_head(work_dir: Path) -> Path:
 
 
 def _own(file: Path) -> Trained:
+    from backbone.files import read_json
     from integrations.oad.checkpoints import load_head, read_notes
 
     notes = read_notes(file)

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from backbone.files import read_json
 from experiments import comparison
 from experiments.comparison import ENCODER, Run, config_difference, plan, run_all
 from experiments.config import UserError, digest, field_defaults, load_config
@@ -331,6 +330,8 @@ def compare_as_run(runs: Sequence[Run]) -> None:
     ``run_all`` compares what was asked for; ``resolved.json`` is what the training really read,
     with the facts of the feature folder that it was given.
     """
+    from backbone.files import read_json
+
     for seed in {run.seed for run in runs}:
         written = {}
         for run in (run for run in runs if run.seed == seed):

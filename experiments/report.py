@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbone.files import replacing, write_json, write_text
-
 # Okabe-Ito colours: told apart on paper and by the colour-blind. Others take what is left.
 COLOURS = {"siglip": "#7a8ca0", "image": "#d9a441", "streamformer": "#0072b2"}
 SPARE_COLOURS = ("#009e73", "#cc79a7", "#d55e00", "#56b4e9")
@@ -118,6 +116,8 @@ def publish(report: Mapping[str, Any], folder: Path) -> None:
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
     """Write ``report.json``, ``report.md`` and ``report.png`` into ``folder``, each atomically."""
+    from backbone.files import replacing, write_json, write_text
+
     with replacing(folder / "report.png") as temporary:
         plot(report, temporary)
     write_text(folder / "report.md", to_markdown(report))
