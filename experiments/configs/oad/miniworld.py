@@ -41,14 +41,14 @@ head = {
 }
 
 train = {
-    "epochs": 24,
+    "epochs": 30,
     "batch_size": 32,
     "lr": 1e-3,
     "weight_decay": 1e-4,
     "warmup_epochs": 3.0,
     "ema_momentum": 0.02,  # averages over the last fifty of some four hundred steps
     "threads": 1,  # tensors so small that a second thread costs more than it gives
-    "validate_every": 10,
+    "validate_every": 0,
     "checkpoint_every": 5,
 }
 
