@@ -57,7 +57,7 @@ class VideoRecipe:
     long_frames: int = 48
     gate: float = 1.0
     time_scale: float = 0.5
-    updates: int = 1700
+    updates: int = 1600
     lr: float = 1.2e-3
     warmup: int = 40
     localization: int = 8

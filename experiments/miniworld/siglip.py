@@ -54,7 +54,7 @@ class SiglipRecipe:
     text_layers: int = 2
     patch_size: int = 8
     text_length: int = 24
-    steps: int = 500
+    steps: int = 600
     batch_size: int = 256
     text_batch: int = 64
     lr: float = 4e-3
