@@ -1,1 +1,1 @@
-"""Placeholder, see package modules."""
+"""Controlled comparisons: the command line, configs, reports, and the embedded miniworld."""

@@ -1,1 +1,1 @@
-"""Placeholder, see package modules."""
+"""The frozen encoder inside other people's frameworks, one folder per task."""

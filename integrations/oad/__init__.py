@@ -1,1 +1,1 @@
-"""Placeholder, see package modules."""
+"""Online action detection: the MAT head on frozen features, by mmengine and mmaction2."""
