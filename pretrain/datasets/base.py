@@ -10,7 +10,7 @@ in any worker, on any rank, before and after a resume.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pretrain.datasets.decode import ClipError, ClipReader
+from pretrain.datasets.masks import IGNORE, MaskSource
 
 
 class Segment(NamedTuple):
@@ -33,7 +34,10 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One annotated video; which fields are filled depends on the annotation's family."""
+    """One annotated video; which fields are filled depends on the annotation's family.
+
+    ``video`` is a file, a folder of images, or one image, which is a video of one frame.
+    """
 
     video: Path
     label_set: str = ""  # the set that labels and segments number into
@@ -41,6 +45,9 @@ class Entry:
     segments: tuple[Segment, ...] = ()  # true of a stretch of it
     captions: tuple[str, ...] = ()
     end: float | None = None  # seconds; None for the whole video
+    focus: tuple[float, float] | None = None  # seconds that the rule "fixfps" centres on
+    masks: MaskSource | None = None  # where the masks of its frames are
+    files: tuple[str, ...] = ()  # the images that are its frames, in order, if not all of a folder
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,8 @@ class Sample:
     times: np.ndarray | None  # (T,) seconds
     caption: str = ""
     error: str = ""
+    masks: Tensor | None = None  # (T, H, W) int32, see `MaskSource`; None without masks
+    seed: int | None = None  # of its draw
 
 
 @dataclass
@@ -84,18 +93,24 @@ class Batch:
     entries: list[Entry]
     captions: list[str]
     errors: list[str]
+    masks: Tensor | None = None  # (B, T, H, W) int32, IGNORE in padding; None if no clip has any
+    seeds: list[int | None] = field(default_factory=list)  # of the draws, None in validation
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on ``device``."""
-        return replace(
-            self,
-            frames=self.frames.to(device, non_blocking=True),
-            valid=self.valid.to(device, non_blocking=True),
-        )
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Called by the data loader where batches go to a GPU."""
-        return replace(self, frames=self.frames.pin_memory(), valid=self.valid.pin_memory())
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            frames=change(self.frames),
+            valid=change(self.valid),
+            masks=None if self.masks is None else change(self.masks),
+        )
 
 
 class VideoDataset(Dataset):
@@ -114,7 +129,7 @@ class VideoDataset(Dataset):
     def lasting(self, num_frames: int) -> list[int]:
         """Entries whose videos give clips of ``num_frames`` without padding."""
         reader = self.reader
-        return [i for i, e in enumerate(self.entries) if reader.lasts(e.video, num_frames)]
+        return [i for i, entry in enumerate(self.entries) if reader.lasts(entry, num_frames)]
 
     def __getitem__(self, draw: Draw) -> Sample:
         """Decode the drawn clip; a video that cannot be read gives a sample with its error."""
@@ -125,10 +140,10 @@ class VideoDataset(Dataset):
             choice = 0 if rng is None else int(rng.integers(len(entry.captions)))
             caption = entry.captions[choice]
         try:
-            frames, times = self.reader.read(entry.video, draw.num_frames, rng, end=entry.end)
+            clip = self.reader.read(entry, draw.num_frames, rng)
         except ClipError as error:
-            return Sample(entry, None, None, caption, str(error))
-        return Sample(entry, frames, times, caption)
+            return Sample(entry, None, None, caption, str(error), seed=draw.seed)
+        return Sample(entry, clip.frames, clip.times, caption, masks=clip.masks, seed=draw.seed)
 
 
 def collate(samples: Sequence[Sample], size: int) -> Batch:
@@ -153,6 +168,12 @@ def collate(samples: Sequence[Sample], size: int) -> Batch:
             padded[:count], padded[count:] = sample.frames, sample.frames[-1]
             times[i, :count], times[i, count:] = sample.times, sample.times[-1]
         rows.append(padded)
+    masks = None
+    if any(sample.masks is not None for sample in good):
+        masks = torch.full((len(samples), steps, size, size), IGNORE, dtype=torch.int32)
+        for i, sample in enumerate(samples):
+            if sample.masks is not None:
+                masks[i, : len(sample.masks)] = sample.masks
     return Batch(
         frames=torch.stack(rows),  # (B, T, 3, H, W)
         valid=valid,
@@ -160,4 +181,6 @@ def collate(samples: Sequence[Sample], size: int) -> Batch:
         entries=[sample.entry for sample in samples],
         captions=[sample.caption for sample in samples],
         errors=[sample.error for sample in samples if sample.error],
+        masks=masks,
+        seeds=[sample.seed for sample in samples],
     )

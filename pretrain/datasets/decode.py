@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +22,22 @@ from backbone import video
 from pretrain.datasets.augment import Augmentation, resize_short_side
 from pretrain.datasets.frames import RULES
 
+if TYPE_CHECKING:
+    from pretrain.datasets.base import Entry
+
 logger = logging.getLogger(__name__)
 
 
 class ClipError(RuntimeError):
     """A clip that could not be decoded; the message names the file and the reason."""
+
+
+class Clip(NamedTuple):
+    """What `ClipReader.read` returns."""
+
+    frames: Tensor  # (T, 3, size, size) uint8
+    times: np.ndarray  # (T,) seconds
+    masks: Tensor | None = None  # (T, size, size) int32, for entries with masks
 
 
 class FrameStore:
@@ -87,22 +99,16 @@ class ClipReader:
         if self.stride < 1:
             raise ValueError(f"stride={self.stride} must be at least 1")
 
-    def read(
-        self,
-        path: Path,
-        num_frames: int,
-        rng: np.random.Generator | None,
-        end: float | None = None,
-    ) -> tuple[Tensor, np.ndarray]:
-        """A clip (T, 3, size, size) uint8 and its times (T,) in seconds.
+    def read(self, entry: Entry, num_frames: int, rng: np.random.Generator | None) -> Clip:
+        """A clip of an entry's video, up to its ``end``.
 
-        ``rng`` None makes the fixed choices of validation; ``end`` ignores what comes after that
-        second. T is ``num_frames``, less only where the rule allows it. Raises ClipError.
+        ``rng`` None makes the fixed choices of validation. The clip has ``num_frames`` frames, less
+        only where the rule allows it. Raises ClipError.
         """
-        frames, times = self._read(path, num_frames, rng, end)
-        return self.augment(frames, self.size, rng), times
+        frames, times = self._read(entry.video, num_frames, rng, entry.end)
+        return Clip(self.augment(frames, self.size, rng), times)
 
-    def lasts(self, path: Path, num_frames: int) -> bool:
+    def lasts(self, entry: Entry, num_frames: int) -> bool:
         """Whether a clip of ``num_frames`` can be cut from a video without padding.
 
         Only "consecutive" clips need it; videos that cannot be read do not last.
@@ -111,9 +117,9 @@ class ClipReader:
             return True
         try:
             if self.store is not None:
-                length = len(self.store.get(path)[1])
+                length = len(self.store.get(entry.video)[1])
             else:
-                length = count_frames(path)[0]
+                length = count_frames(entry.video)[0]
         except (ClipError, video.VideoError, OSError):
             return False
         return (num_frames - 1) * self.stride < length

@@ -177,7 +177,8 @@ def test_a_data_set_without_root_is_named(files):
 
 def read_clip(world, number=0, num_frames=8, rng=None, **changes):
     reader = ClipReader(**{"size": 32, "sampling": "consecutive"} | changes)
-    return reader.read(world / f"videos/clip_{number:02d}.mp4", num_frames, rng)
+    clip = reader.read(Entry(world / f"videos/clip_{number:02d}.mp4"), num_frames, rng)
+    return clip.frames, clip.times
 
 
 @pytest.mark.parametrize("sampling", ["consecutive", "segments"])
@@ -200,18 +201,18 @@ def test_clips_longer_than_the_video_are_short_and_know_it(world):
     frames, times = read_clip(world, num_frames=48)
     assert len(frames) == len(times) == 20
     reader = ClipReader(size=32, sampling="consecutive", store=FrameStore(32))
-    path = world / "videos/clip_00.mp4"
-    assert reader.lasts(path, 20)
-    assert not reader.lasts(path, 21)
-    assert not reader.lasts(world / "videos/none.mp4", 1)
-    assert ClipReader(size=32, sampling="segments").lasts(path, 48)
+    entry = Entry(world / "videos/clip_00.mp4")
+    assert reader.lasts(entry, 20)
+    assert not reader.lasts(entry, 21)
+    assert not reader.lasts(Entry(world / "videos/none.mp4"), 1)
+    assert ClipReader(size=32, sampling="segments").lasts(entry, 48)
 
 
 def test_the_end_of_an_entry_hides_what_follows(world):
-    path = world / "videos/clip_00.mp4"
+    entry = Entry(world / "videos/clip_00.mp4", end=1.0)
     for store in (None, FrameStore(32)):
         reader = ClipReader(size=32, sampling="segments", store=store)
-        times = [reader.read(path, 8, np.random.default_rng(s), end=1.0)[1] for s in range(20)]
+        times = [reader.read(entry, 8, np.random.default_rng(s)).times for s in range(20)]
         assert np.max(times) < 1.0
 
 
