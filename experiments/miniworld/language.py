@@ -1,7 +1,12 @@
-"""Words about a script: captions for training and questions with four answers to choose from."""
+"""Words about a script: captions, queries and expressions for training, and questions.
+
+A caption tells a clip, a query asks when something happens, a referring expression says which shape
+is meant; a question has four answers to choose from.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 import numpy as np
@@ -51,6 +56,7 @@ def captions(script: Script, size: int) -> list[str]:
     radii = scene.tracks[:, 0, RADIUS]
     seen = listing([describe(i, r, size) for i, r in zip(scene.items, radii, strict=True)])
     told = [sentence(scene, segment) for segment in segments]
+    who = [f"{mover(s.action, len(s.actors))} {_is(scene, s)}" for s in segments]
     sized = [sentence(scene, segment, size) for segment in segments]
     definite = [sentence(scene, segment, article="the") for segment in segments]
     out = [
@@ -58,8 +64,88 @@ def captions(script: Script, size: int) -> list[str]:
         ", then ".join(sized),
         f"{seen}; {', then '.join(definite)}",
         f"{', then '.join(sized)} on a {TEXTURES[scene.background]} background",
+        ", then ".join(who),
     ]
     return list(dict.fromkeys(out))
+
+
+def mover(action: str, count: int) -> str:
+    """Who does something, by that alone: "the shape that grows", "the shapes that grow"."""
+    phrase = ACTIONS[action].phrase
+    if count == 1:
+        return f"the shape that {phrase}"
+    if ACTIONS[action].actors == 1:  # a phrase of one: its verb ends in s
+        verb, *rest = phrase.split(" ")
+        phrase = " ".join([verb.removesuffix("s"), *rest])
+    return f"the shapes that {phrase}"
+
+
+def _is(scene: Scene, segment: Segment) -> str:
+    names = listing([describe(scene.items[actor]) for actor in segment.actors])
+    return f"{'is' if len(segment.actors) == 1 else 'are'} {names}"
+
+
+def queries(script: Script) -> dict[str, list[Segment]]:
+    """What one may ask to find in a video, each with all segments that answer it.
+
+    "a red circle moves left" for every action; where an action happens several times,
+    "a shape moves left" asks for all of them.
+    """
+    found: dict[str, list[Segment]] = {}
+    for scene in script.scenes:
+        for segment in scene.segments:
+            found.setdefault(sentence(scene, segment), []).append(segment)
+    for segments in _by_action(script.segments).values():
+        if len(segments) > 1:
+            action = ACTIONS[segments[0].action]
+            some = "a shape" if action.actors == 1 else "two shapes"
+            found[f"{some} {action.phrase}"] = segments
+    return found
+
+
+def expressions(rng: Random, script: Script, size: int) -> dict[str, tuple[int, ...]]:
+    """Phrases that single out shapes of a video without cuts, and the shapes (numbers) they mean.
+
+    One for every shape by how it looks or where it stays, one for every action by who does it.
+    Nothing for a video of several scenes, where a phrase would mean several shapes.
+    """
+    if len(script.scenes) > 1:
+        return {}
+    (scene,) = script.scenes
+    meant = {rng.choice(_looks(scene, k, size)): (k,) for k in range(len(scene.items))}
+    for action, segments in _by_action(scene.segments).items():
+        actors = sorted({actor for segment in segments for actor in segment.actors})
+        meant[mover(action, len(actors))] = tuple(actors)
+    return meant
+
+
+def _by_action(segments: Sequence[Segment]) -> dict[str, list[Segment]]:
+    groups: dict[str, list[Segment]] = {}
+    for segment in segments:
+        groups.setdefault(segment.action, []).append(segment)
+    return groups
+
+
+def _looks(scene: Scene, index: int, size: int) -> list[str]:
+    """What tells a shape from all others of its scene, at every moment."""
+    item, track = scene.items[index], scene.tracks[index]
+    others = [other for k, other in enumerate(scene.items) if k != index]
+    tracks = [other for k, other in enumerate(scene.tracks) if k != index]
+    phrases = [f"the {describe(item)}"]
+    if all(other.shape != item.shape for other in others):
+        phrases.append(f"the {item.shape}")
+    if item.camouflaged:  # at most one is
+        phrases.append("the hidden shape")
+    elif all(other.camouflaged or other.colour != item.colour for other in others):
+        phrases.append(f"the {item.colour} shape")
+    for word, sign, bound in (("large", 1, LARGE), ("small", -1, SMALL)):
+        beyond = [(sign * (t[:, RADIUS] * 32 / size - bound) > 0) for t in (track, *tracks)]
+        if beyond[0].all() and not any(other.any() for other in beyond[1:]):
+            phrases.append(f"the {word} shape")
+    places = [{whereabouts(pose, size) for pose in t} for t in (track, *tracks)]
+    if len(places[0]) == 1 and not any(places[0] & other for other in places[1:]):
+        phrases.append(f"the shape {next(iter(places[0]))}")
+    return phrases
 
 
 def whereabouts(pose: np.ndarray, size: int) -> str:

@@ -15,6 +15,8 @@ from .writers import write_csv, write_json, write_lines
 DATASET = "MINIWORLD"
 IGNORE_INDEX = -100  # no class is left out of the metric
 CATEGORIES = {shape: number for number, shape in enumerate(SHAPES, start=1)}
+WINDOWS = ("video_id", "start_second", "end_second", "text", "relevant_windows", "dataset")
+REFERRING = ("video_id", "text", "frames", "length", "obj_id", "anno_id")
 
 Done = Sequence[tuple[Job, dict]]
 
@@ -27,33 +29,64 @@ def list_stills(home: Path, done: Done) -> None:
 
 
 def list_clips(home: Path, done: Done) -> None:
-    """Recognition (Kinetics) and localization (ActivityNet), masks and the index.
+    """The lists of all six tasks over the clips, masks and the index.
 
-    Recognition lists the clips that end with their only action; localization lists every action
-    of every clip. Both name videos relative to ``home/videos``, localization without extension.
+    Recognition (Kinetics) lists the clips that end with their only action; localization
+    (ActivityNet) every action of every clip, by its label; grounding the same by what one may ask
+    for; referring (MeViS) every expression. All name videos relative to ``home/videos``, all but
+    recognition without extension.
     """
     labels = {name: number for number, name in enumerate(PRETRAINING_ACTIONS)}
     write_json(home / "recognition/label2id.json", labels, indent=2)
     write_json(home / "localization/label2id.json", {DATASET: labels}, indent=2)
+    write_json(home / "instances_label2id.json", {DATASET: CATEGORIES}, indent=2)
     for split in ("train", "val"):
         here = [(job, record) for job, record in done if job.split == split]
         write_csv(
             home / f"recognition/{split}.csv",
             [(f"{job.name}.mp4", job.actions[0]) for job, _ in here if job.layout == "ending"],
         )
-        rows = []
-        for job, record in here:
-            for action in record["actions"]:
-                begin, end = action["start_second"], action["end_second"]
-                rows.append((job.name, begin, end, action["action"], str([[begin, end]]), DATASET))
         write_csv(
             home / f"localization/{split}.csv",
-            rows,
-            header=("video_id", "start_second", "end_second", "text", "relevant_windows",
-                    "dataset"),
+            [_window_row(job.name, action["action"], [_span(action)])
+             for job, record in here for action in record["actions"]],
+            header=WINDOWS,
         )
+        write_csv(
+            home / f"grounding/{split}.csv",
+            [_window_row(job.name, query["text"], query["windows"])
+             for job, record in here for query in record["queries"]],
+            header=WINDOWS,
+        )
+        _list_referring(home / "referring", split, here)
         _list_instances(home / f"instances_{split}.json", here)
     write_lines(home / "index.jsonl", (record["index"] for _, record in done))
+
+
+def _span(action: dict) -> tuple[float, float]:
+    return action["start_second"], action["end_second"]
+
+
+def _window_row(video: str, text: str, windows: Sequence[tuple[float, float]]) -> tuple:
+    """A row of WINDOWS; start and end are those of the first window."""
+    return video, *windows[0], text, str([list(window) for window in windows]), DATASET
+
+
+def _list_referring(home: Path, split: str, done: Done) -> None:
+    """MeViS: a table of expressions, and the masks by annotation, RLE or null per frame."""
+    rows, masks = [], []
+    for job, record in done:
+        frames = str([f"{frame:05d}" for frame in range(job.frames)])
+        ids, used = record["annotation_ids"], set()
+        for expression in record["expressions"]:
+            objects = expression["objects"]
+            used.update(objects)
+            numbers = str(list(objects)), str([ids[number] for number in objects])
+            rows.append((job.name, expression["text"], frames, job.frames, *numbers))
+        masks += [f'"{ids[number]}": {record["segmentations"][number]}' for number in sorted(used)]
+    write_csv(home / f"{split}.csv", rows, header=REFERRING)
+    text = ",\n".join(masks)
+    (home / f"masks_{split}.json").write_text(f"{{\n{text}\n}}\n")
 
 
 def list_streams(home: Path, done: Done, params: WorldParams) -> None:

@@ -3,7 +3,8 @@
     WORLD/world.json                         parameters, counts, digest
     WORLD/stills/{train,val}/*.jpg, {train,val}.csv    image (relative to stills/), caption, ...
     WORLD/clips/videos/<id>.mp4              pre-training clips
-    WORLD/clips/recognition/, localization/  lists; videos are named relative to clips/videos/
+    WORLD/clips/recognition/, localization/, grounding/, referring/
+                                             lists; videos are named relative to clips/videos/
     WORLD/streams/videos/<name>.mp4          untrimmed videos, with target_perframe/<name>.npy
     WORLD/{clips,streams}/index.jsonl        everything known of a video
     WORLD/{clips,streams}/instances_*.json   masks, YouTube-VIS
@@ -36,7 +37,15 @@ from experiments.environment import cores
 
 from .actions import ANGLE, CLASS_NAMES, RADIUS
 from .jobs import Job, plan
-from .language import captions, describe, questions, sentence, still_caption
+from .language import (
+    captions,
+    describe,
+    expressions,
+    queries,
+    questions,
+    sentence,
+    still_caption,
+)
 from .lists import CATEGORIES, list_clips, list_stills, list_streams
 from .params import RENDER_VERSION, WorldParams, seed_of, world_key
 from .scene import TEXTURES, Camera, draw
@@ -89,7 +98,8 @@ def _appearing(folder: Path) -> Iterator[Path]:
 def _render(root: Path, params: WorldParams, workers: int) -> None:
     jobs = plan(params)
     for folder in ("stills/train", "stills/val", "clips/videos", "clips/recognition",
-                   "clips/localization", "streams/videos", "streams/target_perframe"):
+                   "clips/localization", "clips/grounding", "clips/referring",
+                   "streams/videos", "streams/target_perframe"):
         (root / folder).mkdir(parents=True)
     work = partial(_perform, params=params, root=root)
     records = []
@@ -147,10 +157,12 @@ def _perform(job: Job, params: WorldParams, root: Path) -> dict:
     write_video(home / "videos" / f"{job.name}.mp4", frames, params.fps, params.crf)
     if job.kind == "stream":
         np.save(home / "target_perframe" / f"{job.name}.npy", targets(script))
-    record = _describe(job, script, params, rng)
+    record = _describe(job, script, params, rng, masks.any((1, 2, 3)))
     return {
         "index": json.dumps(record),
         "actions": record["actions"],
+        "queries": record["queries"],
+        "expressions": record["expressions"],
         **_annotate(job, script, masks),
     }
 
@@ -220,8 +232,10 @@ def seconds(start: int, end: int, fps: int) -> tuple[float, float]:
     return max(0.0, (start - 0.5) / fps), (end - 0.5) / fps
 
 
-def _describe(job: Job, script: Script, params: WorldParams, rng: Random) -> dict:
-    """The line of a video in index.jsonl."""
+def _describe(
+    job: Job, script: Script, params: WorldParams, rng: Random, seen: np.ndarray
+) -> dict:
+    """The line of a video in index.jsonl; ``seen`` tells which objects show at all, ``(K,)``."""
     objects, actions, scenes = [], [], []
     for scene in script.scenes:
         first = len(objects)
@@ -246,6 +260,15 @@ def _describe(job: Job, script: Script, params: WorldParams, rng: Random) -> dic
         "id": job.name, "split": job.split, "frames": script.frames, "fps": params.fps,
         "captions": captions(script, params.frame_size),
         "questions": questions(rng, script, params.fps, params.frame_size),
+        "queries": [
+            {"text": text, "windows": [seconds(s.start, s.end, params.fps) for s in segments]}
+            for text, segments in queries(script).items()
+        ],
+        "expressions": [
+            {"text": text, "objects": meant}
+            for text, meant in expressions(rng, script, params.frame_size).items()
+            if seen[list(meant)].all()
+        ],
         "scenes": scenes, "objects": objects, "actions": actions,
     }
 
@@ -264,4 +287,9 @@ def _annotate(job: Job, script: Script, masks: np.ndarray) -> dict:
                  category_id=CATEGORIES[item.shape], camouflaged=item.camouflaged)
         for number, (item, mask) in enumerate(zip(items, masks, strict=True))
     ]
-    return {"video": json.dumps(video), "annotations": [json.dumps(a) for a in annotations]}
+    return {
+        "video": json.dumps(video),
+        "annotations": [json.dumps(a) for a in annotations],
+        "annotation_ids": [a["id"] for a in annotations],
+        "segmentations": [json.dumps(a["segmentations"]) for a in annotations],
+    }

@@ -25,10 +25,19 @@ from experiments.miniworld import (
 from experiments.miniworld import render as rendering
 from experiments.miniworld.actions import ANGLE, RADIUS, SHOWN, X, Y, inside, progress
 from experiments.miniworld.jobs import plan
+from experiments.miniworld.language import captions, expressions, queries
 from experiments.miniworld.params import seed_of
 from experiments.miniworld.render import seconds, targets
 from experiments.miniworld.scene import COLOURS, SHAPES, TEXTURES, Camera, Item, draw, texture
-from experiments.miniworld.script import deal, write_ending, write_script, write_single
+from experiments.miniworld.script import (
+    Scene,
+    Script,
+    Segment,
+    deal,
+    write_ending,
+    write_script,
+    write_single,
+)
 from experiments.miniworld.sheet import contact_sheet
 from experiments.miniworld.writers import run_lengths
 
@@ -288,6 +297,119 @@ def test_run_lengths_of_awkward_masks():
     noise = np.random.default_rng(0).random((5, 6, 7)) < 0.5
     for mask, count in zip(noise, run_lengths(noise), strict=True):
         assert (unpack({"size": [6, 7], "counts": count}) == mask).all()
+
+
+def test_grounding_windows_hold_the_action_that_the_query_names(world):
+    index = {record["id"]: record for record in lines(world / "clips/index.jsonl")}
+    phrases = {action.phrase: name for name, action in ACTIONS.items()}
+    asked = Counter()
+    for split in ("train", "val"):
+        for row in table(world / f"clips/grounding/{split}.csv"):
+            record = index[row["video_id"]]
+            assert record["split"] == split
+            windows = ast.literal_eval(row["relevant_windows"])
+            assert [float(row["start_second"]), float(row["end_second"])] == windows[0]
+            (name,) = (n for phrase, n in phrases.items() if row["text"].endswith(phrase))
+            spans = [[a["start_second"], a["end_second"]] for a in record["actions"]
+                     if a["action"] == name]
+            assert all(window in spans for window in windows)
+            asked[row["video_id"]] += len(windows)
+    assert all(asked[name] >= len(record["actions"]) for name, record in index.items())
+
+
+def test_referring_masks_are_those_of_the_objects_meant(world):
+    index = {record["id"]: record for record in lines(world / "clips/index.jsonl")}
+    for split in ("train", "val"):
+        document = json.loads((world / f"clips/instances_{split}.json").read_text())
+        whole = {a["id"]: a["segmentations"] for a in document["annotations"]}
+        masks = json.loads((world / f"clips/referring/masks_{split}.json").read_text())
+        rows = table(world / f"clips/referring/{split}.csv")
+        wanted = {
+            (name, expression["text"]): expression["objects"]
+            for name, record in index.items() if record["split"] == split
+            for expression in record["expressions"]
+        }
+        assert {(row["video_id"], row["text"]) for row in rows} == set(wanted)
+        used = set()
+        for row in rows:
+            frames = ast.literal_eval(row["frames"])
+            assert len(frames) == int(row["length"]) == index[row["video_id"]]["frames"]
+            assert ast.literal_eval(row["obj_id"]) == wanted[row["video_id"], row["text"]]
+            used.update(map(str, ast.literal_eval(row["anno_id"])))
+        assert set(masks) == used
+        assert all(mask == whole[int(number)] for number, mask in masks.items())
+        assert all(any(mask) for mask in masks.values())
+
+
+def test_labels_of_instances_are_numbered_as_the_categories(world):
+    labels = json.loads((world / "clips/instances_label2id.json").read_text())["MINIWORLD"]
+    document = json.loads((world / "clips/instances_val.json").read_text())
+    assert {c["name"]: c["id"] for c in document["categories"]} == labels
+    assert sorted(labels.values()) == list(range(1, len(SHAPES) + 1))  # 0 is background
+
+
+def scene_of(items, poses, segments=()):
+    """Poses ``(K, T, 5)`` or ``(K, 5)`` held for four frames."""
+    tracks = np.array(poses, float)
+    tracks = np.repeat(tracks[:, None], 4, axis=1) if tracks.ndim == 2 else tracks
+    return Scene(0, tracks.shape[1], "grain", tuple(items), tracks, tuple(segments))
+
+
+def all_expressions(scene: Scene) -> dict[str, tuple[int, ...]]:
+    """What fifty draws say."""
+    found: dict[str, tuple[int, ...]] = {}
+    for seed in range(50):
+        found.update(expressions(Random(seed), Script((scene,)), 32))
+    return found
+
+
+def test_expressions_by_look_and_place_fit_one_shape_only():
+    items = [Item("circle", "red"), Item("bar", "red"), Item("circle", "blue", camouflaged=True)]
+    poses = [(6, 6, 8, 0, 1), (24, 24, 5.8, 0, 1), (6, 24, 8, 0, 1)]
+    assert all_expressions(scene_of(items, poses)) == {
+        "the red circle": (0,), "the shape at the top left": (0,),
+        "the red bar": (1,), "the bar": (1,), "the shape at the bottom right": (1,),
+        "the hidden circle": (2,), "the hidden shape": (2,),
+        "the shape at the bottom left": (2,),
+    }
+
+
+def test_expressions_hold_at_every_moment():
+    items = [Item("circle", "red"), Item("bar", "blue")]
+    tracks = np.array([[(6, 6, 8, 0, 1)] * 4, [(24, 24, 5, 0, 1)] * 4], float)
+    fixed = all_expressions(scene_of(items, tracks))
+    assert fixed["the large shape"] == (0,) and fixed["the small shape"] == (1,)
+    tracks[0, 2, RADIUS] = 6  # not large for a moment
+    tracks[1, 3, [X, Y]] = 6  # passes where the other stays
+    moving = all_expressions(scene_of(items, tracks))
+    assert not any("large" in text or " at the " in text for text in moving)
+    assert moving["the small shape"] == (1,) and moving["the circle"] == (0,)
+
+
+def test_expressions_by_motion_mean_all_who_do_it():
+    items = [Item("circle", "red"), Item("bar", "blue"), Item("plus", "white")]
+    poses = [(6, 6, 6, 0, 1), (24, 24, 6, 0, 1), (6, 24, 6, 0, 1)]
+    segments = [Segment("grow", (0,), 1, 2), Segment("grow", (2,), 1, 3),
+                Segment("move left", (1,), 1, 2), Segment("swap", (2, 0), 3, 4)]
+    scene = scene_of(items, poses, segments)
+    found = all_expressions(scene)
+    assert found["the shapes that grow"] == (0, 2)
+    assert found["the shape that moves left"] == (1,)
+    assert found["the shapes that swap places"] == (0, 2)
+    assert queries(Script((scene,))) == {
+        "a red circle grows": [segments[0]], "a white plus grows": [segments[1]],
+        "a blue bar moves left": [segments[2]],
+        "a white plus and a red circle swap places": [segments[3]],
+        "a shape grows": segments[:2],
+    }
+    assert captions(Script((scene,)), 32)[-1].startswith(
+        "the shape that grows is a red circle, then the shape that grows is a white plus"
+    )
+
+
+def test_a_video_of_several_scenes_has_no_expressions():
+    scene = scene_of([Item("circle", "red")], [(6, 6, 6, 0, 1)])
+    assert expressions(Random(0), Script((scene, replace(scene, start=4, end=8))), 32) == {}
 
 
 def test_captions_and_questions(world):
