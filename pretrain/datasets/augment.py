@@ -55,6 +55,18 @@ def resize_short_side(frames: Tensor, size: int) -> Tensor:
     return F.resize(frames, target, v2.InterpolationMode.BILINEAR, antialias=True)
 
 
+def crop_place(frames: Tensor, size: int, place: int, places: int) -> Tensor:
+    """One of ``places`` squares spread evenly along the long side, (T, 3, size, size); one: middle.
+
+    Frames (T, 3, H, W) are resized first.
+    """
+    frames = resize_short_side(frames, size)
+    if places == 1:
+        return F.center_crop(frames, [size, size])
+    top, left = (round((side - size) * place / (places - 1)) for side in frames.shape[-2:])
+    return F.crop(frames, top, left, size, size)
+
+
 @cache
 def _training(kind: str, flip: bool, size: int) -> Callable[[Tensor], Tensor]:
     mirror = [v2.RandomHorizontalFlip(0.5)] if flip else []

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pretrain.datasets.decode import ClipError, ClipReader
+from pretrain.datasets.frames import View
 from pretrain.datasets.masks import IGNORE, MaskSource
 
 
@@ -44,6 +45,7 @@ class Entry:
     labels: tuple[int, ...] = ()  # true of the whole video
     segments: tuple[Segment, ...] = ()  # true of a stretch of it
     captions: tuple[str, ...] = ()
+    start: float = 0.0  # seconds; what is before does not belong to the entry
     end: float | None = None  # seconds; None for the whole video
     focus: tuple[float, float] | None = None  # seconds that the rule "fixfps" centres on
     masks: MaskSource | None = None  # where the masks of its frames are
@@ -62,12 +64,13 @@ class Annotations:
 class Draw(NamedTuple):
     """One draw of the sampler: which entry, how many frames, and the seed of all its chances.
 
-    ``seed`` None asks for the fixed choices of validation.
+    ``seed`` None asks for the fixed choices of validation, or for one ``view`` of a test.
     """
 
     index: int
     num_frames: int
     seed: int | None = None
+    view: View | None = None
 
 
 @dataclass
@@ -140,7 +143,7 @@ class VideoDataset(Dataset):
             choice = 0 if rng is None else int(rng.integers(len(entry.captions)))
             caption = entry.captions[choice]
         try:
-            clip = self.reader.read(entry, draw.num_frames, rng)
+            clip = self.reader.read(entry, draw.num_frames, rng, draw.view)
         except ClipError as error:
             return Sample(entry, None, None, caption, str(error), seed=draw.seed)
         return Sample(entry, clip.frames, clip.times, caption, masks=clip.masks, seed=draw.seed)

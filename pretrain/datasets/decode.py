@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from backbone import video
-from pretrain.datasets.augment import Augmentation, resize_short_side
-from pretrain.datasets.frames import RULES
+from pretrain.datasets.augment import Augmentation, crop_place, resize_short_side
+from pretrain.datasets.frames import RULES, VIEWS, View, choose
 
 if TYPE_CHECKING:
     from pretrain.datasets.base import Entry
@@ -99,13 +99,21 @@ class ClipReader:
         if self.stride < 1:
             raise ValueError(f"stride={self.stride} must be at least 1")
 
-    def read(self, entry: Entry, num_frames: int, rng: np.random.Generator | None) -> Clip:
-        """A clip of an entry's video, up to its ``end``.
+    def read(
+        self,
+        entry: Entry,
+        num_frames: int,
+        rng: np.random.Generator | None,
+        view: View | None = None,
+    ) -> Clip:
+        """A clip of an entry's video, between its ``start`` and ``end``.
 
-        ``rng`` None makes the fixed choices of validation. The clip has ``num_frames`` frames, less
-        only where the rule allows it. Raises ClipError.
+        ``rng`` None makes the fixed choices of validation, or of one ``view`` of a test. The clip
+        has ``num_frames`` frames, less only where the rule allows it. Raises ClipError.
         """
-        frames, times = self._read(entry.video, num_frames, rng, entry.end)
+        frames, times = self._read(entry, num_frames, rng, view)
+        if view is not None:
+            return Clip(crop_place(frames, self.size, view.place, view.places), times)
         return Clip(self.augment(frames, self.size, rng), times)
 
     def lasts(self, entry: Entry, num_frames: int) -> bool:
@@ -117,35 +125,78 @@ class ClipReader:
             return True
         try:
             if self.store is not None:
-                length = len(self.store.get(entry.video)[1])
+                times = self.store.get(entry.video)[1]
+                length, fps = len(times), mean_rate(times)
             else:
-                length = count_frames(entry.video)[0]
+                length, fps = count_frames(entry.video)
+            first, last = span(entry, length, fps)
         except (ClipError, video.VideoError, OSError):
             return False
-        return (num_frames - 1) * self.stride < length
+        return (num_frames - 1) * self.stride < last - first
 
     def _read(
-        self, path: Path, num_frames: int, rng: np.random.Generator | None, end: float | None
+        self,
+        entry: Entry,
+        num_frames: int,
+        rng: np.random.Generator | None,
+        view: View | None,
     ) -> tuple[Tensor, np.ndarray]:
-        rule = RULES[self.sampling]
+        path = entry.video
         if self.store is not None:
             frames, times = self.store.get(path)  # (L, 3, h, w)
-            length = len(times) if end is None else max(int(np.searchsorted(times, end)), 1)
-            chosen = rule(length, num_frames, rng, self.stride)
+            chosen = self._choose(entry, len(times), mean_rate(times), num_frames, rng, view)
             if self.sampling == "consecutive":  # a view, no copy
                 first, last = int(chosen[0]), int(chosen[-1])
                 return frames[first : last + 1 : self.stride], times[chosen]
             return frames[torch.from_numpy(chosen)], times[chosen]
         try:
             length, fps = count_frames(path)
-            if end is not None:
-                length = min(length, max(int(end * fps), 1))
-            chosen = rule(length, num_frames, rng, self.stride)
+            chosen = self._choose(entry, length, fps, num_frames, rng, view)
             # The middle of a frame's time is safe from rounding at its borders.
             images, times = video.sample_frames(path, times=(chosen + 0.5) / fps)
         except (video.VideoError, OSError) as error:
             raise ClipError(f"{path}: {error}") from error
         return torch.from_numpy(images).permute(0, 3, 1, 2), times  # (T, 3, H, W)
+
+    def _choose(
+        self,
+        entry: Entry,
+        length: int,
+        fps: float,
+        num_frames: int,
+        rng: np.random.Generator | None,
+        view: View | None,
+    ) -> np.ndarray:
+        """Frame numbers of a clip of an entry, within its video of ``length`` frames."""
+        first, last = span(entry, length, fps)
+        if view is not None:
+            return first + VIEWS[self.sampling](last - first, num_frames, view.times)[view.time]
+        focus = entry.focus and tuple(second - first / fps for second in entry.focus)
+        return first + choose(
+            self.sampling, last - first, num_frames, rng, stride=self.stride, fps=fps, focus=focus
+        )
+
+
+def span(entry: Entry, length: int, fps: float) -> tuple[int, int]:
+    """First frame that an entry may use, and the one after its last.
+
+    Raises ClipError for a stretch that begins behind the video's end.
+    """
+    hair = 1e-6  # measured rates are a hair beside the true one
+    first = int(entry.start * fps + hair)
+    if first >= length:
+        raise ClipError(
+            f"{entry.video}: the stretch from {entry.start:g} s begins behind the end at "
+            f"{length / fps:g} s"
+        )
+    if entry.end is not None:
+        length = min(length, max(int(entry.end * fps + hair), first + 1))
+    return first, length
+
+
+def mean_rate(times: np.ndarray) -> float:
+    """Frames per second of a video whose frames have these times in seconds, (L,)."""
+    return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 1.0
 
 
 def count_frames(path: Path) -> tuple[int, float]:
@@ -156,8 +207,7 @@ def count_frames(path: Path) -> tuple[int, float]:
             length = round(reader.duration * fps)
         if not length or not fps:
             times = [frame.time for frame in reader]
-            length = len(times)
-            fps = (length - 1) / (times[-1] - times[0]) if length > 1 else 1.0
+            length, fps = len(times), mean_rate(np.array(times))
     return length, float(fps)
 
 

@@ -25,10 +25,20 @@ with such a protocol: ``views(length, num_frames, count)`` -> (count, num_frames
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 Rule = Callable[..., np.ndarray]
+
+
+class View(NamedTuple):
+    """One of ``times`` x ``places`` fixed looks at a video: which frames, and which square."""
+
+    time: int
+    times: int
+    place: int
+    places: int
 
 
 def segments(length: int, num_frames: int, rng: np.random.Generator | None, stride: int = 1):
