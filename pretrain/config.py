@@ -152,8 +152,9 @@ class PretrainConfig:
     image_size: pixels of a square frame; None takes the SigLIP model's.
     batch_size: clips per task, update and process.
     long_share: share of mini-batches with ``long_frames`` frames a clip: train as you stream.
-    cache_in_memory: keep decoded videos as uint8, for sets of small videos; no workers then.
-    num_workers: processes that decode.
+    cache_in_memory: keep decoded videos as uint8, for sets of small videos.
+    num_workers: processes that read ahead while the step runs; 0 reads in between. With
+        ``cache_in_memory`` at most one, which then keeps the videos.
     max_failed_share: clips that may fail to decode before the run stops.
     text_cache_size: captions whose embeddings stay in memory.
     precision: fp32 or bf16 (autocast; the loss is always fp32).
@@ -194,10 +195,10 @@ class PretrainConfig:
         object.__setattr__(self, "trackers", tuple(self.trackers))
         if not self.tasks:
             raise ValueError("tasks is empty; give at least one")
-        if self.cache_in_memory and self.num_workers:
+        if self.cache_in_memory and self.num_workers > 1:
             raise ValueError(
                 f"cache_in_memory with num_workers={self.num_workers}: every worker would keep "
-                "its own copy of the videos; use one or the other"
+                "its own copy of the videos; use one worker, or decode each time"
             )
         if self.long_share and self.long_frames <= self.model.num_frames:
             raise ValueError(

@@ -15,11 +15,13 @@ import math
 import os
 import shutil
 import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from queue import Empty, Queue
 
 import numpy as np
 import torch
@@ -141,6 +143,7 @@ class _Run:
             lr=config.optim.lr,
             betas=config.optim.betas,
             eps=config.optim.eps,
+            fused=True,
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.core = accelerator.unwrap_model(self.model)
@@ -191,11 +194,10 @@ class _Run:
         """Run all updates from where the last checkpoint left off."""
         config, total = self.config, self.config.optim.updates
         self._resume()
-        batches = iter(self._loader())
         self.model.train()
-        window = _Window()
         bar = tqdm(total=total, initial=self.sampler.round, disable=not show, unit="update")
-        with bar:
+        with bar, contextlib.closing(_received(self._loader())) as batches:
+            window = _Window()
             while self.sampler.round < total:
                 self._update(batches, window)
                 done = self.sampler.round
@@ -232,13 +234,17 @@ class _Run:
             name, batch = next(batches)
             window.waited += time.perf_counter() - begun
             self.ledger.record(len(batch.entries), batch.errors)
+            begun = time.perf_counter()
             # Processes exchange gradients once, with the round's last mini-batch.
             exchange = turn == last
             with contextlib.nullcontext() if exchange else accelerator.no_sync(self.model):
                 loss = self.model(batch.to(accelerator.device), name)
                 accelerator.backward(loss * (config.tasks[name].weight / whole))
             losses[name] = loss.detach()
+            window.learned += time.perf_counter() - begun
+        begun = time.perf_counter()
         values = torch.stack(list(losses.values())).tolist()  # the one wait for the device
+        window.learned += time.perf_counter() - begun
         for name, value in zip(losses, values, strict=True):
             if not math.isfinite(value):
                 raise FloatingPointError(
@@ -259,14 +265,16 @@ class _Run:
         return sum(self.sampler.batch_size.values()) * self.sampler.world_size
 
     def _loader(self) -> DataLoader:
-        config = self.config
+        workers = self.config.num_workers
         size = next(iter(self.datasets.values())).reader.size
         return DataLoader(
             _Mixture(self.datasets),
             batch_sampler=_Endless(self.sampler),
             collate_fn=partial(_collate_task, size=size),
-            num_workers=config.num_workers,
-            persistent_workers=config.num_workers > 0,
+            num_workers=workers,
+            # Some tasks take longer to read than others: two rounds are under way at any time.
+            prefetch_factor=math.ceil(2 * len(self.datasets) / workers) if workers else None,
+            worker_init_fn=_outlive_sigterm,
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
@@ -327,7 +335,8 @@ class _Run:
                 self.core.tower,
                 num_frames=self.config.model.num_frames,
                 batch_size=self.config.tasks[name].batch_size or self.config.batch_size,
-                num_workers=self.config.num_workers,
+                # Videos kept in memory are kept here, for the next time.
+                num_workers=0 if self.config.cache_in_memory else self.config.num_workers,
                 device=self.accelerator.device,
             )
         self.core.train()
@@ -353,15 +362,16 @@ class _Run:
         zero_shot = self.zero_shot()
         write_text(self.output / "README.md", model_card(self.config, sizes, zero_shot))
         lines = [line for line in self.log if "loss" in line]
+        seconds = max(sum(line["seconds"] for line in lines), 1e-9)
         write_json(
             self.output / METRICS_FILE,
             {
                 "zero_shot": zero_shot,
                 "loss": lines[-1]["loss"] if lines else {},
                 "updates": self.sampler.round,
-                "seconds": sum(line["seconds"] for line in lines),
-                "data_share": sum(line["waited"] for line in lines)
-                / max(sum(line["seconds"] for line in lines), 1e-9),
+                "seconds": seconds,
+                "data_share": sum(line["waited"] for line in lines) / seconds,
+                "learning_share": sum(line["learned"] for line in lines) / seconds,
                 "clips": sizes,
                 "failures": self.ledger.state_dict(),
                 "versions": {
@@ -397,6 +407,47 @@ def _collate_task(items: list[tuple[str, Sample]], size: int) -> tuple[str, Batc
     return items[0][0], collate([sample for _, sample in items], size)
 
 
+def _outlive_sigterm(worker: int) -> None:
+    """Workers read on when their group is told to stop: the update must end before it is saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _received(loader: DataLoader) -> Generator[tuple[str, Batch], None, None]:
+    """What a loader gives; a thread takes it from the workers while the step runs.
+
+    What goes wrong there is raised here. Closing the generator ends the thread and the workers.
+    """
+    source = iter(loader)  # here: it forks, and draws from torch's generator
+    if not loader.num_workers:
+        yield from source
+        return
+    ready: Queue[tuple | Exception] = Queue(maxsize=2)
+    stopped = threading.Event()
+
+    def receive() -> None:
+        try:
+            for batch in source:
+                ready.put(batch)
+                if stopped.is_set():
+                    return
+        except Exception as error:
+            ready.put(error)
+
+    thread = threading.Thread(target=receive, name="receive batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        while thread.is_alive():
+            with contextlib.suppress(Empty):
+                ready.get(timeout=0.05)  # it may wait for room
+
+
 class _Window:
     """What happened since the last line of the log."""
 
@@ -404,7 +455,8 @@ class _Window:
         self._clear()
 
     def _clear(self) -> None:
-        self.begun, self.waited, self.rate = time.perf_counter(), 0.0, 0.0
+        self.begun, self.rate = time.perf_counter(), 0.0
+        self.waited = self.learned = 0.0  # seconds for data; in forward and backward
         self.sums: dict[str, float] = {}
         self.count = 0
 
@@ -422,6 +474,7 @@ class _Window:
             "lr": self.rate,
             "seconds": time.perf_counter() - self.begun,
             "waited": self.waited,
+            "learned": self.learned,
         }
         self._clear()
         return line
