@@ -28,6 +28,7 @@ def load_config(
     name_or_path: str = "miniworld",
     overrides: Iterable[str] = (),
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
+    free: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Resolve a config of ``task`` to a nested dict of JSON values.
 
@@ -36,6 +37,8 @@ def load_config(
         name_or_path: a packaged name (``"thumos14"``) or the path of a ``.py`` file.
         overrides: ``"a.b=value"`` each; the value is a Python literal, or else text.
         defaults: section -> key -> value, for the sections that the config has.
+        free: sections whose keys a config names itself, such as the tasks of a mix; whoever reads
+            them checks them.
 
     Raises:
         UserError: no such config, a key that is not known, a value of another type, a key without
@@ -43,7 +46,8 @@ def load_config(
     """
     path = find_config(task, name_or_path)
     defaults = _plain(defaults or {}, "defaults")
-    packaged = [_read(file) for file in packaged_configs(task).values()]
+    opened = dict.fromkeys(free, {})
+    packaged = [{**_read(file), **opened} for file in packaged_configs(task).values()]
     schema = _schema([flatten(defaults), *map(flatten, packaged)])
     config = _read(path)
     _refuse_unknown(flatten(config), schema, where=str(path))
@@ -108,7 +112,9 @@ def digest(config: Mapping[str, Any]) -> str:
 def _read(path: Path) -> dict[str, Any]:
     from mmengine.config import Config
 
-    return _plain(Config.fromfile(str(path)).to_dict(), str(path))
+    values = Config.fromfile(str(path)).to_dict()
+    asked = {key: value for key, value in values.items() if not key.startswith("_")}
+    return _plain(asked, str(path))  # without names that the file uses for itself
 
 
 def _plain(values: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -12,14 +12,23 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 # Okabe-Ito colours: told apart on paper and by the colour-blind. Others take what is left.
-COLOURS = {"siglip": "#7a8ca0", "image": "#d9a441", "streamformer": "#0072b2"}
-SPARE_COLOURS = ("#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+COLOURS = {
+    "siglip": "#7a8ca0",
+    "none": "#7a8ca0",  # of an ablation
+    "image": "#d9a441",
+    "streamformer": "#0072b2",
+    "G+T+S": "#0072b2",
+}
+SPARE_COLOURS = ("#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c6bb1", "#a6761d")
 INK, FAINT = "#22272e", "#c9ced6"
+MOST_BARS = 6  # metrics side by side, in the table and in the picture; more stand below each other
+SAME_HEAD = "with the same head, the same data and the same training"
 
 Outcomes = Mapping[str, Mapping[int, Mapping[str, Any]]]  # label -> seed -> outcome of one run
 
@@ -66,6 +75,7 @@ def build_report(
     environment: Mapping[str, Any],
     wall_seconds: float,
     details: Mapping[str, Any],
+    pairs: Sequence[tuple[str, str]] | None = None,
 ) -> dict[str, Any]:
     """The whole report as JSON values.
 
@@ -74,20 +84,25 @@ def build_report(
         title: one line for people.
         data: name of the data set.
         outcomes: label -> seed -> ``{"metrics": {name: points}, "per_class": {name: points}}``.
-            The last label is compared with the first (``difference``) and with all in between
-            (``other_differences``).
         config: the config that all runs share.
         config_difference: keys in which the encoders' resolved configs differ.
         environment: from ``experiments.environment``.
         wall_seconds: how long this call took, caches included.
         details: what else belongs into the report of this task. The Markdown shows ``notes``
             (texts), ``chance`` (metric -> level of a guess), ``command``, ``encoders``
-            (label -> settings) and ``probe`` (label -> what -> number).
+            (label -> settings), ``probe`` (label -> what -> number), ``tables`` (heading -> label
+            -> column -> number), ``equal`` (what the labels had in common) and ``spread`` (what
+            the spread stands for), where the usual words about heads and seeds do not fit.
+        pairs: which labels are compared, the most important pair first: ``(better, base)`` each.
+            None compares the last label with the first, and then with all in between.
     """
     metrics, per_class = summarise(outcomes), summarise(outcomes, "per_class")
     seeds = sorted({seed for by_seed in outcomes.values() for seed in by_seed})
-    base, better = next(iter(outcomes)), list(outcomes)[-1]
-    others = list(outcomes)[1:-1]
+    first, *between = outcomes
+    if pairs is None:
+        last = between.pop() if between else first
+        pairs = [(last, base) for base in (first, *between)]
+    (better, base), *others = pairs
     return {
         "task": task,
         "title": title,
@@ -96,9 +111,7 @@ def build_report(
         "metrics": metrics,
         "difference_of": f"{better} - {base}",
         "difference": _differences(metrics, better, base) if better != base else {},
-        "other_differences": {
-            f"{better} - {other}": _differences(metrics, better, other) for other in others
-        },
+        "other_differences": {f"{a} - {b}": _differences(metrics, a, b) for a, b in others},
         "per_class": per_class if all(per_class.values()) else {},
         **details,
         "config": dict(config),
@@ -108,18 +121,29 @@ def build_report(
     }
 
 
-def publish(report: Mapping[str, Any], folder: Path) -> None:
+def publish(
+    report: Mapping[str, Any],
+    folder: Path,
+    draw: Callable[[Mapping[str, Any], Path], None] | None = None,
+) -> None:
     """Write the report's files and print its table, and where they lie, to stdout."""
-    write_report(report, folder)
+    write_report(report, folder, draw)
     print(f"{to_text(report)}\n{folder / 'report.md'}, .json, .png")  # noqa: T201 (the result)
 
 
-def write_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Write ``report.json``, ``report.md`` and ``report.png`` into ``folder``, each atomically."""
+def write_report(
+    report: Mapping[str, Any],
+    folder: Path,
+    draw: Callable[[Mapping[str, Any], Path], None] | None = None,
+) -> None:
+    """Write ``report.json``, ``report.md`` and ``report.png`` into ``folder``, each atomically.
+
+    ``draw(report, path)`` makes the picture, ``plot`` unless given.
+    """
     from backbone.files import replacing, write_json, write_text
 
     with replacing(folder / "report.png") as temporary:
-        plot(report, temporary)
+        (draw or plot)(report, temporary)
     write_text(folder / "report.md", to_markdown(report))
     write_json(folder / "report.json", report)
 
@@ -144,14 +168,18 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         f"# {report['title']}",
         _sentence(report),
         _markdown_table(header, rows),
-        "Mean ± standard deviation over seeds, in points. " + _interval_note(report),
-        "![bars of the metrics and average precision by class](report.png)",
+        report.get("spread")
+        or "Mean ± standard deviation over seeds, in points. " + _interval_note(report),
+        f"![{report['title']}](report.png)",
         *(f"- {note}" for note in report.get("notes", [])),
     ]
     if report["per_class"]:
         parts += ["## By class", _markdown_table(*_class_table(report))]
     if report.get("probe"):
-        parts += ["## What the frozen encoders know", _markdown_table(*_probe_table(report))]
+        table = _plain_table("linear probe", report["probe"])
+        parts += ["## What the frozen encoders know", _markdown_table(*table)]
+    for heading, table in report.get("tables", {}).items():
+        parts += [f"## {heading}", _markdown_table(*_plain_table("", table))]
     parts += [
         "## How it was obtained",
         f"- data: {report['data']}; seeds: {', '.join(map(str, report['seeds']))}; "
@@ -173,7 +201,46 @@ def to_markdown(report: Mapping[str, Any]) -> str:
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Bars with one dot per seed for each metric, and average precision by class."""
+    """Bars with one dot per seed for each metric, and average precision by class.
+
+    Many metrics are drawn like classes: one line each, with a dot per encoder.
+    """
+    means = {label: _means(values) for label, values in report["metrics"].items()}
+    classes = {label: _means(values) for label, values in report["per_class"].items()}
+    many = len(next(iter(means.values()))) > MOST_BARS
+    drawn = means if many else classes
+    rows = list(means[next(iter(means))]) if many else [n for n, _ in _classes_by_gain(report)]
+    wide = 1 if many or not classes else 2
+    height = max(4.6, 1.6 + 0.3 * len(rows))
+    size = (12.5 if wide == 2 else 9 if many else max(6.5, 1.6 * len(means)), height)
+    with picture(path, report["title"], size, columns=wide, widths=[1, 1.1][:wide]) as axes:
+        if not many:
+            _plot_metrics(axes[0], report)
+        if rows:
+            pair = report["difference_of"].split(" - ")
+            _plot_rows(axes[-1], drawn, rows, pair)
+            if many:
+                axes[-1].set_xlabel("points")
+                axes[-1].set_title(_subtitle(report), loc="left", fontsize=10.5)
+                _legend(axes[-1])
+            else:
+                better, base = pair
+                axes[-1].set_xlabel("average precision, points")
+                gain = f", largest gain of {better} first" if better != base else ""
+                axes[-1].set_title(f"By class{gain}", loc="left", fontsize=10.5)
+
+
+@contextmanager
+def picture(
+    path: Path,
+    title: str,
+    size: tuple[float, float],
+    *,
+    rows: int = 1,
+    columns: int = 1,
+    widths: Sequence[float] | None = None,
+) -> Iterator[list[Any]]:
+    """Yield the axes, row by row, of a figure of ``size`` inches that becomes the PNG ``path``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -189,24 +256,13 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
-    classes = _classes_by_gain(report)
-    height = max(4.6, 1.6 + 0.3 * len(classes))
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(
-            1,
-            2 if classes else 1,
-            figsize=(12.5 if classes else 6.5, height),
-            width_ratios=[1, 1.1] if classes else [1],
-            squeeze=False,
-            layout="constrained",
+            rows, columns, figsize=size, width_ratios=widths, squeeze=False, layout="constrained"
         )
         try:
-            figure.suptitle(
-                report["title"], x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK
-            )
-            _plot_metrics(axes[0, 0], report)
-            if classes:
-                _plot_classes(axes[0, 1], report, classes)
+            figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK)
+            yield list(axes.flat)
             figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12, wspace=0.03)
             figure.savefig(path, dpi=150, facecolor="white")
         finally:
@@ -242,7 +298,10 @@ def _differences(metrics: Mapping[str, Any], better: str, base: str) -> dict[str
 
 
 def _table(report: Mapping[str, Any]) -> list[list[str]]:
-    """Header and one row per encoder, then chance and the difference, as texts."""
+    """Header and one row per encoder, then chance and the difference, as texts.
+
+    With many metrics the table is turned: one row per metric.
+    """
     metrics = report["metrics"]
     names = list(next(iter(metrics.values())))
     rows = [["encoder", *names]]
@@ -254,7 +313,10 @@ def _table(report: Mapping[str, Any]) -> list[list[str]]:
         rows.append(["chance", *(_number(chance.get(name)) for name in names)])
     for title, difference in _all_differences(report).items():
         rows.append([title, *(_interval(difference.get(name)) for name in names)])
-    return rows
+    if len(names) <= MOST_BARS:
+        return rows
+    header, *turned = _turned(rows)
+    return [["metric", *header[1:]], *turned]
 
 
 def _all_differences(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,11 +334,19 @@ def _class_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     return (header, rows) if report["difference"] else (header[:-1], [row[:-1] for row in rows])
 
 
-def _probe_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    probe = report["probe"]
-    columns = list(dict.fromkeys(name for values in probe.values() for name in values))
-    rows = [[label, *(_number(values.get(c)) for c in columns)] for label, values in probe.items()]
-    return ["linear probe", *columns], rows
+def _plain_table(
+    corner: str, values: Mapping[str, Mapping[str, float]]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of label -> column -> number, turned where it is wider than long."""
+    columns = list(dict.fromkeys(name for row in values.values() for name in row))
+    rows = [[label, *(_number(row.get(c)) for c in columns)] for label, row in values.items()]
+    table = [[corner, *columns], *rows]
+    header, *rows = _turned(table) if len(columns) > max(MOST_BARS, len(rows)) else table
+    return header, rows
+
+
+def _turned(table: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [list(column) for column in zip(*table, strict=True)]
 
 
 def _classes_by_gain(report: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -300,7 +370,7 @@ def _sentence(report: Mapping[str, Any]) -> str:
     return (
         f"**{better} is {abs(value['mean']):.1f} points of {metric} {verb} {base}**"
         + (f" (95 % interval {value['low']:+.1f} to {value['high']:+.1f})" if _has(value) else "")
-        + ", with the same head, the same data and the same training."
+        + f", {report.get('equal', SAME_HEAD)}."
     )
 
 
@@ -402,16 +472,7 @@ def _plot_metrics(axes: Any, report: Mapping[str, Any]) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=FAINT, linewidth=0.6, zorder=0)
     axes.set_title(_subtitle(report), loc="left", fontsize=10.5)
-    handles, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda place: labels[place] == "chance")  # chance last
-    axes.legend(
-        [handles[place] for place in order],
-        [labels[place] for place in order],
-        frameon=False,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.1),
-        ncols=4,
-    )
+    _legend(axes)
 
 
 def _subtitle(report: Mapping[str, Any]) -> str:
@@ -422,49 +483,69 @@ def _subtitle(report: Mapping[str, Any]) -> str:
     return f"{report['difference_of']}: {_interval(value)} {metric} ({runs})"
 
 
-def _plot_classes(
-    axes: Any, report: Mapping[str, Any], classes: Sequence[tuple[str, float]]
+def _plot_rows(
+    axes: Any,
+    values: Mapping[str, Mapping[str, float]],
+    rows: Sequence[str],
+    pair: Sequence[str],
 ) -> None:
-    """One line per class: a dot per encoder, joined, the largest gain on top."""
-    per_class = report["per_class"]
-    colours = _colours(list(report["metrics"]))
-    better, base = report["difference_of"].split(" - ")
-    rows = range(len(classes))[::-1]
-    for row, (name, gain) in zip(rows, classes, strict=True):
-        ends = [per_class[base][name]["mean"], per_class[better][name]["mean"]]
+    """One line per row of ``values`` (label -> row -> number): a dot per label, the pair joined."""
+    colours = _colours(list(values))
+    better, base = pair
+    reach = 0.0
+    for place, name in zip(range(len(rows))[::-1], rows, strict=True):
+        ends = [values[base][name], values[better][name]]
+        gain = ends[1] - ends[0]
         axes.plot(
             ends,
-            [row, row],
+            [place, place],
             color=colours[better if gain >= 0 else base],
             alpha=0.35,
             linewidth=5,
             solid_capstyle="round",
             zorder=2,
         )
-        for label, values in per_class.items():
+        for label, row in values.items():
             axes.scatter(
-                values[name]["mean"],
-                row,
+                row[name],
+                place,
                 s=52,
                 color=colours[label],
                 edgecolors="white",
                 linewidths=0.8,
-                zorder=4 if label in (better, base) else 3,
+                label=label if place == 0 else None,
+                zorder=4 if label in pair else 3,
             )
+        furthest = max(row[name] for row in values.values())
+        reach = max(reach, furthest)
         axes.annotate(
             f"{gain:+.0f}" if better != base else f"{ends[0]:.0f}",
-            (max(v[name]["mean"] for v in per_class.values()), row),
+            (furthest, place),
             xytext=(9, 0),
             textcoords="offset points",
             va="center",
             fontsize=9,
         )
-    axes.set_yticks(rows, [name for name, _ in classes])
+    axes.set_yticks(range(len(rows))[::-1], rows)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(-0.7, len(classes) - 0.3)
-    reach = max(value["mean"] for values in per_class.values() for value in values.values())
-    axes.set_xlim(0, 1.09 * reach)  # room for the gain
-    axes.set_xlabel("average precision, points")
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.set_xlim(0, 1.09 * max(reach, 1e-6))  # room for the gain
     axes.grid(axis="x", color=FAINT, linewidth=0.6, zorder=0)
-    title = "By class" + (f", largest gain of {better} first" if better != base else "")
-    axes.set_title(title, loc="left", fontsize=10.5)
+
+
+def _legend(axes: Any) -> None:
+    """Below the plot, chance last."""
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda place: labels[place] == "chance")
+    axes.legend(
+        [handles[place] for place in order],
+        [labels[place] for place in order],
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.1),
+        ncols=4,
+    )
+
+
+def _means(values: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    return {name: value["mean"] for name, value in values.items()}

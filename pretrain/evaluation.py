@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from backbone import FrameFeatures
+from backbone import FrameFeatures, VideoEncoder
 from pretrain.datasets import Batch, Draw, VideoDataset, collate
 from pretrain.objectives import Objective
 from pretrain.text import TextTower
@@ -40,6 +40,18 @@ def evaluate(
     if skipped == len(dataset):
         raise ValueError(f"none of the {skipped} validation clips could be decoded")
     return metric.compute() | ({"skipped": float(skipped)} if skipped else {})
+
+
+def frozen(encoder: VideoEncoder) -> Callable[[Tensor], FrameFeatures]:
+    """Any encoder as `evaluate` wants it: clips (B, T, 3, H, W) of bytes to its features."""
+    mean = torch.tensor(encoder.image_mean).view(3, 1, 1)
+    std = torch.tensor(encoder.image_std).view(3, 1, 1)
+
+    def encode(frames: Tensor) -> FrameFeatures:
+        here = frames.device
+        return encoder.encode((frames.float() / 255 - mean.to(here)) / std.to(here))
+
+    return encode
 
 
 def _batches(

@@ -1,0 +1,164 @@
+"""A pretraining config: from the file to the run that it describes.
+
+Every verb that trains, measures or checks an aligned encoder reads its config here. A config has
+the sections of ``pretrain.PretrainConfig`` (``model``, ``optim``, ``tasks``, and ``run`` for all
+that stands beside them), says where the data lie (``data.root``) and how many processes the verb
+starts by itself (``launch``). ``{root}`` in the arguments of a task's reader is that folder; where
+it is None, the data are miniworld's clips and the image encoder is the mini SigLIP, both made on
+first use from the sections ``world`` and ``mini_siglip``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.config import UserError, field_defaults, load_config
+
+logger = logging.getLogger(__name__)
+
+ROOT = "{root}"  # in the arguments of readers
+NOT_RUN = ("output", "tasks", "model", "optim", "device")  # of PretrainConfig, set elsewhere
+UNKNOWN_SIGLIP = "siglip"  # stands for a model that is made later
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the data of a config lie, and the SigLIP model that is lifted.
+
+    ``world`` is the rendered world, None on real data.
+    """
+
+    title: str
+    root: Path
+    siglip: str
+    world: Path | None = None
+
+
+def resolve(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The config with all defaults, checked by those who will read it.
+
+    Raises:
+        UserError: a key or value that pretraining or the renderer refuses.
+    """
+    from experiments.miniworld import WorldParams
+    from experiments.miniworld.siglip import SiglipRecipe
+    from pretrain import ModelConfig, OptimConfig, PretrainConfig
+
+    defaults = {
+        "data": {"root": None},
+        "launch": {"processes": 1},
+        "model": field_defaults(ModelConfig),
+        "optim": field_defaults(OptimConfig),
+        "run": field_defaults(PretrainConfig, leave_out=NOT_RUN),
+        "world": field_defaults(WorldParams),
+        "mini_siglip": field_defaults(SiglipRecipe),
+    }
+    resolved = load_config("pretrain", config, overrides, defaults, free=("tasks",))
+    for section in ("data", "launch", "run"):
+        resolved[section] = {**defaults[section], **resolved.get(section, {})}
+    resolved["tasks"] = {name: task for name, task in resolved["tasks"].items() if task is not None}
+    try:
+        training(resolved, Source("", Path(ROOT), UNKNOWN_SIGLIP), Path("output"))
+        WorldParams(**resolved.get("world", {}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config {config}: {error}") from error
+    return resolved
+
+
+def training(
+    config: Mapping[str, Any],
+    source: Source,
+    output: Path,
+    *,
+    device: str = "auto",
+    **changes: Any,
+) -> Any:
+    """The ``pretrain.PretrainConfig`` of a resolved config.
+
+    Args:
+        config: from ``resolve``.
+        source: from ``prepare``.
+        output: folder of the run.
+        device: ``auto`` or ``cpu``.
+        changes: fields of the run that this experiment sets otherwise, such as ``data_share``.
+    """
+    from pretrain import PretrainConfig
+
+    values = {
+        **config["run"],
+        "output": str(output),
+        "model": {**config["model"], "siglip": config["model"].get("siglip") or source.siglip},
+        "optim": config["optim"],
+        "tasks": {name: _placed(task, source.root) for name, task in config["tasks"].items()},
+        "device": device,
+    }
+    return PretrainConfig.from_dict({**values, **changes})
+
+
+def prepare(config: Mapping[str, Any], folder: Path) -> Source:
+    """Find the data that the config names, or render the world and train the mini SigLIP.
+
+    Raises:
+        UserError: the config names no data and none are rendered.
+    """
+    data, siglip = config["data"], config["model"].get("siglip")
+    if data["root"] is not None:
+        return Source(Path(data["root"]).name, Path(data["root"]), siglip)
+    from experiments.miniworld import WorldParams, render_world
+
+    world = render_world(folder / "miniworld", WorldParams(**config["world"]))
+    return Source("miniworld", world / "clips", siglip or mini_siglip(config, folder, world), world)
+
+
+def mini_siglip(config: Mapping[str, Any], folder: Path, world: Path) -> str:
+    """Folder of the mini SigLIP of a rendered world, trained unless it is there."""
+    from experiments.miniworld.encoders import VideoRecipe, mini_encoders
+    from experiments.miniworld.siglip import SiglipRecipe
+
+    recipe = SiglipRecipe(**config["mini_siglip"])
+    specs = mini_encoders(folder, world, ["siglip"], recipe, VideoRecipe())
+    return specs["siglip"].partition(":")[2]
+
+
+def problems(config: Mapping[str, Any]) -> list[str]:
+    """What a config lacks before anything can be read or trained, as sentences."""
+    data, found = config["data"], []
+    if data["root"] is None and "world" not in config:
+        found.append(
+            "data.root is None, and the data of this config are not rendered: say where they lie, "
+            "--set data.root=FOLDER"
+        )
+    elif data["root"] is not None and not Path(data["root"]).is_dir():
+        found.append(f"data.root: there is no folder {data['root']}")
+    if data["root"] is not None and not config["model"].get("siglip"):
+        found.append(
+            "model.siglip is None: name the SigLIP model that is lifted, such as "
+            "--set model.siglip=google/siglip-base-patch16-224"
+        )
+    return found
+
+
+def _placed(value: Any, root: Path) -> Any:
+    """``value`` with ``{root}`` replaced in every text, however deep."""
+    if isinstance(value, str):
+        return value.replace(ROOT, str(root))
+    if isinstance(value, Mapping):
+        return {key: _placed(item, root) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_placed(item, root) for item in value]
+    return value
+
+
+def in_one_process_first(work: Callable[[], Any], device: str) -> Any:
+    """Let the main process of ``torchrun`` or ``accelerate launch`` do ``work`` before the others.
+
+    What it makes lies on disk then, and the others find it. Alone, it is just done.
+    """
+    from accelerate import PartialState
+
+    with PartialState(cpu=device == "cpu").main_process_first():
+        return work()
