@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -249,23 +249,32 @@ def extract(
         where = Path(spec.removeprefix(READY)).resolve()
         return {"spec": spec, "settings": {"kind": "features"}, "features": str(where)}
     from backbone import build_encoder
-    from integrations.oad.features import extract_folder
+    from integrations.oad.features import FrameRule, lacking_features
+    from pretrain.launch import run_processes
 
     data = config["data"]
-    encoder = build_encoder(spec, **config["stream"], device=choose_device(device))
+    build = partial(build_encoder, spec, **config["stream"], device=choose_device(device))
+    encoder = build()
     rule = {key: data[key] for key in FRAME_RULE}
     entry = {"spec": spec, "settings": encoder.settings()}
     entry["features"] = f"{label}-{digest({**rule, **entry['settings'], 'root': str(source.root)})}"
     out = folder / "features" / entry["features"]
     logger.info("features of %s: %s", label, out)
-    extract_folder(
-        list(source.videos.values()),
-        encoder,
-        out,
-        **rule,
-        batch_chunks=max(1, FRAMES_AT_ONCE // data["chunk_frames"]),
-    )
+    todo = lacking_features(list(source.videos.values()), encoder, out, FrameRule(**rule))
+    if todo:
+        write = partial(_extract_share, build, todo, out, rule)
+        run_processes(write, processes=min(len(todo), _jobs(config, device)))
     return entry
+
+
+def _extract_share(
+    build: Callable[[], Any], videos: Sequence[Path], out: Path, rule: Mapping[str, Any]
+) -> None:
+    """One process's part of a feature extraction."""
+    from integrations.oad.features import extract_folder
+
+    at_once = max(1, FRAMES_AT_ONCE // rule["chunk_frames"])
+    extract_folder(videos, build(), out, **rule, batch_chunks=at_once)
 
 
 def run_one(

@@ -25,6 +25,7 @@ from backbone import VideoEncoder, build_encoder
 from backbone.files import write_json
 from experiments.config import digest
 from pretrain import PretrainConfig, train
+from pretrain.launch import run_processes
 
 from .siglip import SiglipRecipe, Stills, normalize, read_stills, train_siglip
 
@@ -47,6 +48,7 @@ class VideoRecipe:
         gate, time_scale: the head start of time, see ``backbone.lift_siglip``.
         updates, lr, warmup: AdamW with a cosine schedule.
         localization, recognition, retrieval: clips of each task in an update.
+        processes: that share an update, each with one thread; all these numbers divide by it.
         seed: of fresh weights and batches.
     """
 
@@ -57,13 +59,25 @@ class VideoRecipe:
     long_frames: int = 48
     gate: float = 1.0
     time_scale: float = 0.5
-    updates: int = 1600
+    updates: int = 2000
     lr: float = 1.2e-3
     warmup: int = 40
     localization: int = 8
     recognition: int = 2
     retrieval: int = 2
+    processes: int = 2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        odd = {
+            name: getattr(self, name)
+            for name in ("localization", "recognition", "retrieval")
+            if getattr(self, name) % self.processes
+        }
+        if odd:
+            raise ValueError(
+                f"{odd} clips do not divide among processes={self.processes}; change either"
+            )
 
 
 def mini_encoders(
@@ -136,7 +150,7 @@ def _train_video(
             "seed": recipe.seed,
         }
     )
-    train(config)
+    run_processes(train, config, processes=recipe.processes)
 
 
 def _tasks(clips: Path, recipe: VideoRecipe) -> dict[str, Any]:
@@ -159,14 +173,14 @@ def _tasks(clips: Path, recipe: VideoRecipe) -> dict[str, Any]:
         "localization": {
             "objective": "localization",
             "reader": "localization",
-            "batch_size": recipe.localization,
+            "batch_size": recipe.localization // recipe.processes,
             "train": labelled("localization", "train"),
             "val": labelled("localization", "val"),
         },
         "recognition": {
             "objective": "recognition",
             "reader": "kinetics",
-            "batch_size": recipe.recognition,
+            "batch_size": recipe.recognition // recipe.processes,
             "weight": 0.25,
             "train": labelled("recognition", "train"),
             "val": labelled("recognition", "val"),
@@ -174,7 +188,7 @@ def _tasks(clips: Path, recipe: VideoRecipe) -> dict[str, Any]:
         "retrieval": {
             "objective": "retrieval",
             "reader": "index",
-            "batch_size": recipe.retrieval,
+            "batch_size": recipe.retrieval // recipe.processes,
             "weight": 0.25,
             "train": captioned("train"),
             "val": captioned("val"),

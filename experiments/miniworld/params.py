@@ -40,7 +40,7 @@ class WorldParams:
     streams_test_long: int = 12
     stream_frames: int = 160
     long_stream_frames: int = 768
-    scene_frames: tuple[int, int] = (80, 160)  # a stream cuts to a new scene this often
+    scene_frames: tuple[int, int] = (110, 220)  # a stream cuts to a new scene this often
 
     action_frames: tuple[int, int] = (6, 14)  # shortest and longest action
     background: tuple[float, float] = (0.35, 0.45)  # share of frames of a stream at rest

@@ -157,22 +157,23 @@ def _stage(
 def _cuts(rng: Random, frames: int, slots: list[Slot], params: WorldParams) -> list[int]:
     """Frames at which the scene changes: in rests only, every ``scene_frames`` or so.
 
-    A stream enters its first scene at any moment of it, so that short streams have cuts as often
-    as long ones and differ from them in length alone. Clips have none.
+    A stream is a stretch of an endless one: it enters its first scene at any moment of it, so that
+    short streams have cuts as often as long ones and differ from them in length alone. Clips have
+    none.
     """
     shortest, longest = params.scene_frames
-    busiest = params.action_frames[1]
-    cuts, last = [], 0
     if frames < shortest:
-        return cuts
-    wanted = rng.randint(busiest, longest)
+        return []
+    lengths = range(shortest, longest + 1)
+    # A moment taken at random falls into long scenes more often than into short ones.
+    wanted = rng.randint(0, rng.choices(lengths, weights=lengths)[0])
+    cuts, last = [], 0
     for before, after in zip(slots, slots[1:], strict=False):
         busy_until = max(slot.end for slot in slots if slot.start <= before.start)
         middle = (busy_until + after.start) // 2
-        roomy = after.start - busy_until >= 2 and frames - middle >= busiest
-        if roomy and middle - last >= wanted:
+        if after.start - busy_until >= 2 and middle - last >= wanted:
             cuts.append(middle)
-            last, wanted = middle, rng.randint(shortest, longest)
+            last, wanted = middle, rng.choice(lengths)
     return cuts
 
 

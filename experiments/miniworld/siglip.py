@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -24,6 +25,7 @@ from tqdm import trange
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
 from pretrain.alignment import alignment_loss
+from pretrain.launch import average_gradients, gather_shares, own_share, run_processes
 
 from .actions import PRETRAINING_ACTIONS
 
@@ -44,6 +46,7 @@ class SiglipRecipe:
         text_length: tokens that a caption is padded to.
         steps, batch_size, lr, warmup, weight_decay: AdamW with a cosine schedule.
         text_batch: pairs of captions in each step of the text tower's own loss.
+        processes: that share a batch, each with one thread.
         seed: of weights and batches.
     """
 
@@ -60,6 +63,7 @@ class SiglipRecipe:
     lr: float = 4e-3
     warmup: int = 40
     weight_decay: float = 0.05
+    processes: int = 2
     seed: int = 0
 
 
@@ -91,15 +95,20 @@ def read_stills(world: Path, split: str) -> Stills:
     )
 
 
-def train_siglip(world: Path, out: Path, recipe: SiglipRecipe, device: str = "cpu") -> None:
+def train_siglip(world: Path, out: Path, recipe: SiglipRecipe) -> None:
     """Train on ``world`` and save model and tokenizer to ``out``, as transformers lays them out."""
+    run_processes(_train, world, out, recipe, processes=recipe.processes)
+
+
+def _train(world: Path, out: Path, recipe: SiglipRecipe) -> None:
+    """One process's part: each embeds a share of a batch, and all see all pairs of it."""
     stills = read_stills(world, "train")
     clips = _clip_texts(world)
     tokenizer = build_tokenizer(
         [*stills.captions, *(text for texts, _ in clips for text in texts), *PRETRAINING_ACTIONS]
     )
     torch.manual_seed(recipe.seed)
-    model = SiglipModel(_config(recipe, stills.images.shape[-1], len(tokenizer))).to(device)
+    model = SiglipModel(_config(recipe, stills.images.shape[-1], len(tokenizer)))
     with torch.no_grad():
         model.logit_scale.fill_(math.log(10.0))
         model.logit_bias.fill_(-math.log(recipe.batch_size))  # nearly all pairs are negative
@@ -120,23 +129,27 @@ def train_siglip(world: Path, out: Path, recipe: SiglipRecipe, device: str = "cp
     captions = torch.tensor([number[caption] for caption in stills.captions])
     images = torch.Generator().manual_seed(recipe.seed + _IMAGE_SEED)
     texts = np.random.default_rng(recipe.seed + _TEXT_SEED)
-    bar = trange(recipe.steps, desc="mini SigLIP", unit="step", mininterval=1)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    quiet = {} if first else {"disable": True}
+    bar = trange(recipe.steps, desc="mini SigLIP", unit="step", mininterval=1, **quiet)
     for _ in bar:
         rows = torch.randint(len(ids), (recipe.batch_size,), generator=images)
-        pixels = normalize(stills.images[rows]).to(device)
-        vision = model.vision_model(pixel_values=pixels).pooler_output
-        text = model.text_model(input_ids=ids[rows].to(device)).pooler_output
+        pixels = normalize(stills.images[own_share(rows)])
+        vision = gather_shares(model.vision_model(pixel_values=pixels).pooler_output)
+        text = gather_shares(model.text_model(input_ids=ids[own_share(rows)]).pooler_output)
         # The same words for two images are a match for both.
         match = captions[rows, None] == captions[rows]
         loss = _pair_loss(model, vision, text, match)
         loss = loss + pairs.loss(model, texts)
         loss.backward()
+        average_gradients(model.parameters())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-    model.eval().save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    if first:
+        model.eval().save_pretrained(out)
+        tokenizer.save_pretrained(out)
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -204,10 +217,10 @@ def _pair_loss(
     return alignment_loss(
         left,
         right,
-        torch.where(match, 1.0, -1.0).to(left.device),
+        torch.where(match, 1.0, -1.0),
         scale=model.logit_scale.exp(),
         bias=model.logit_bias,
-        mask=None if mask is None else mask.to(left.device),
+        mask=mask,
     )
 
 
@@ -233,9 +246,9 @@ class _CaptionPairs:
         left, right = (self.first[clips] + rng.integers(self.count[clips]) for _ in range(2))
         bare = rng.random(self.batch) < BARE_SHARE
         actions = self.action[clips]
-        rows = np.concatenate([left, np.where(bare, actions, right)])
-        ids = self.ids[torch.from_numpy(rows)].to(model.device)
-        embedded = F.normalize(model.text_model(input_ids=ids).pooler_output, dim=-1)
+        rows = torch.from_numpy(np.concatenate([left, np.where(bare, actions, right)]))
+        texts = model.text_model(input_ids=self.ids[own_share(rows)])
+        embedded = F.normalize(gather_shares(texts.pooler_output), dim=-1)
         match = torch.eye(self.batch, dtype=torch.bool)
         # A bare name fits every clip of that action: no negative.
         fits = torch.from_numpy((actions[:, None] == actions) & bare)

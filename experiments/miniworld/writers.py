@@ -19,7 +19,9 @@ def write_video(path: Path, frames: np.ndarray, fps: int, crf: int) -> None:
         stream = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1
-        stream.options = {"crf": str(crf), "preset": "veryfast", "bf": "0"}
+        # Without lookahead: on pictures this small x264's reads memory beyond them, and the file
+        # would differ from one rendering to the next.
+        stream.options = {"crf": str(crf), "preset": "veryfast", "bf": "0", "rc-lookahead": "0"}
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())

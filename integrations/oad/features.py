@@ -183,14 +183,11 @@ def extract_folder(
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     share = dict(list(sources.items())[rank::world])
     out = Path(out)
+    todo = share if overwrite else _lacking(share, out, recipe)
+    report = ExtractionReport(reused=[name for name in share if name not in todo])
     out.mkdir(parents=True, exist_ok=True)
-    report = ExtractionReport()
-    if not overwrite:
-        _check_folder(out, recipe)
-        report.reused = [name for name, path in share.items() if _is_done(out, name, path, recipe)]
     write_json(out / "features.json", recipe)
 
-    todo = {name: path for name, path in share.items() if name not in report.reused}
     sizes = {name: _source_bytes(path) for name, path in todo.items()}
     bar = tqdm(
         total=sum(sizes.values()),
@@ -219,6 +216,20 @@ def extract_folder(
             report,
         )
     return report
+
+
+def lacking_features(
+    videos: Path | str | Sequence[Path | str],
+    encoder: VideoEncoder,
+    out: Path | str,
+    rule: FrameRule,
+) -> list[Path]:
+    """The videos whose features `extract_folder` would still have to write into ``out``.
+
+    Raises:
+        FeatureError: as `extract_folder` does before it writes anything.
+    """
+    return list(_lacking(_list_videos(videos), Path(out), rule.describe(encoder)).values())
 
 
 def extract_video(
@@ -424,6 +435,12 @@ def _check_folder(out: Path, recipe: dict[str, Any]) -> None:
             f"{out} holds features made otherwise ({'; '.join(unlike)}); write to another folder, "
             "or make them anew with overwrite=True"
         )
+
+
+def _lacking(sources: dict[str, Path], out: Path, recipe: dict[str, Any]) -> dict[str, Path]:
+    """Those of the videos, by name, that have no features in ``out`` yet."""
+    _check_folder(out, recipe)
+    return {name: path for name, path in sources.items() if not _is_done(out, name, path, recipe)}
 
 
 def _is_done(out: Path, name: str, source: Path, recipe: dict[str, Any]) -> bool:
