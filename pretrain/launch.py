@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
 from pretrain.alignment import gather_ranks
 
@@ -32,8 +33,8 @@ def run_processes(work: Callable[..., None], *args: Any, processes: int) -> None
     ``work`` must be importable and ``args`` picklable, as they travel to fresh interpreters. With
     ``processes=1`` the call happens here, in this process and with its threads.
 
-    Raises what the first failing process raised, as `torch.multiprocessing.ProcessRaisedException`;
-    the others are ended then.
+    Raises RuntimeError with the traceback of the process that failed first; the others, which fail
+    for want of it, are ended.
     """
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
@@ -41,10 +42,17 @@ def run_processes(work: Callable[..., None], *args: Any, processes: int) -> None
         work(*args)
         return
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_enter, (work, args, processes, Path(folder) / "meeting"), nprocs=processes)
+        try:
+            spawn(_enter, (work, args, processes, Path(folder)), nprocs=processes)
+        except ProcessRaisedException as error:
+            first = min(Path(folder).glob("failed-*"), key=lambda path: path.stat().st_mtime_ns)
+            rank = first.name.removeprefix("failed-")
+            raise RuntimeError(
+                f"process {rank} of {processes} failed:\n{first.read_text()}"
+            ) from error
 
 
-def _enter(rank: int, work: Callable[..., None], args: tuple, processes: int, file: Path) -> None:
+def _enter(rank: int, work: Callable[..., None], args: tuple, processes: int, folder: Path) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -55,10 +63,17 @@ def _enter(rank: int, work: Callable[..., None], args: tuple, processes: int, fi
     }
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=processes, timeout=_PATIENCE
+        "gloo",
+        init_method=f"file://{folder / 'meeting'}",
+        rank=rank,
+        world_size=processes,
+        timeout=_PATIENCE,
     )
     try:
         work(*args)
+    except Exception:
+        (folder / f"failed-{rank}").write_text(traceback.format_exc(), encoding="utf-8")
+        raise
     finally:
         dist.destroy_process_group()
 

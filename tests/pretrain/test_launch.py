@@ -80,7 +80,8 @@ def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(tmp_path):
 def test_a_failing_process_ends_the_job_with_its_error(tmp_path):
     done = launch(tmp_path, 2, fail=True)
     assert done.returncode != 0
-    assert "process 1 cannot go on" in done.stderr
+    assert "process 1 of 2 failed" in done.stderr
+    assert done.stderr.strip().endswith("RuntimeError: process 1 cannot go on")
 
 
 def test_alone_nothing_is_spawned_shared_or_averaged():
