@@ -10,15 +10,66 @@ from pretrain.datasets.base import (
     VideoDataset,
     collate,
 )
-from pretrain.datasets.captions import read_captions, read_index
-from pretrain.datasets.kinetics import read_kinetics
-from pretrain.datasets.localization import read_localization
+from pretrain.datasets.captions import (
+    read_activitynet_paragraphs,
+    read_captions,
+    read_didemo_paragraphs,
+    read_index,
+    read_lsmdc,
+    read_msrvtt,
+    read_msvd,
+    read_vatex,
+)
+from pretrain.datasets.grounding import (
+    read_activitynet_moments,
+    read_charades_sta,
+    read_didemo_moments,
+    read_grounding,
+    read_queryd,
+    read_qvhighlights,
+    read_tacos,
+)
+from pretrain.datasets.kinetics import (
+    read_hacs_clips,
+    read_kinetics,
+    read_kinetics_official,
+    read_ssv2,
+)
+from pretrain.datasets.localization import (
+    read_activitynet,
+    read_fineaction,
+    read_hacs,
+    read_localization,
+)
 
 READERS = {
+    # recognition
     "kinetics": read_kinetics,
-    "localization": read_localization,
+    "kinetics_official": read_kinetics_official,
+    "ssv2": read_ssv2,
+    "hacs_clips": read_hacs_clips,
+    # retrieval
     "captions": read_captions,
     "index": read_index,
+    "msrvtt": read_msrvtt,
+    "msvd": read_msvd,
+    "activitynet_captions": read_activitynet_paragraphs,
+    "didemo": read_didemo_paragraphs,
+    "lsmdc": read_lsmdc,
+    "vatex": read_vatex,
+    # localization
+    "localization": read_localization,
+    "activitynet": read_activitynet,
+    "fineaction": read_fineaction,
+    "hacs": read_hacs,
+    # grounding
+    "grounding": read_grounding,
+    "charades_sta": read_charades_sta,
+    "qvhighlights": read_qvhighlights,
+    "tacos": read_tacos,
+    "activitynet_captions_grounding": read_activitynet_moments,
+    "didemo_grounding": read_didemo_moments,
+    "queryd": read_queryd,
 }
 
 __all__ = [
