@@ -21,7 +21,7 @@ from .encoders import (
     register_encoder,
 )
 from .fusion import fuse
-from .modeling import StreamformerModel
+from .modeling import StreamformerModel, project_patches
 
 AutoConfig.register(StreamformerConfig.model_type, StreamformerConfig, exist_ok=True)
 AutoModel.register(StreamformerConfig, StreamformerModel, exist_ok=True)
@@ -44,5 +44,6 @@ __all__ = [
     "fuse",
     "lift_siglip",
     "load_released",
+    "project_patches",
     "register_encoder",
 ]

@@ -30,7 +30,7 @@ from transformers import SiglipVisionModel
 from .cache import StreamingCache
 from .checkpoints import load_siglip
 from .fusion import fuse
-from .modeling import StreamformerModel
+from .modeling import StreamformerModel, project_patches
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,26 @@ class FrameFeatures:
         patch_tokens: ``(B, t, N, D)``, after the encoder's final norm.
         frame_embeddings: ``(B, t, D)``, pooled, not normalised.
         layers: tokens ``(B, t, N, D)`` of the layers asked for, by their number.
+        head: the pooling head that made the frame embeddings, if the encoder has SigLIP's.
     """
 
     patch_tokens: Tensor
     frame_embeddings: Tensor
     layers: dict[int, Tensor] = field(default_factory=dict)
+    head: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    def patch_embeddings(self) -> Tensor:
+        """The patches in the space of frame embeddings, ``(B, t, N, D)``: see `project_patches`.
+
+        Raises:
+            ValueError: the encoder brought no pooling head.
+        """
+        if self.head is None:
+            raise ValueError(
+                "these features come without a pooling head, which brings patches into the space "
+                "of texts; an encoder of one's own gives it as FrameFeatures(…, head=…)"
+            )
+        return project_patches(self.head, self.patch_tokens)
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -364,7 +379,7 @@ class StreamformerEncoder(VideoEncoder):
     ) -> FrameFeatures:
         out = self.model(frames, past_key_values=memory, output_hidden_states=bool(layers))
         inner = {number: out.hidden_states[place] for number, place in layers.items()}
-        return FrameFeatures(out.last_hidden_state, out.pooler_output, inner)
+        return FrameFeatures(out.last_hidden_state, out.pooler_output, inner, self.model.head)
 
 
 class SiglipEncoder(VideoEncoder):
@@ -404,7 +419,9 @@ class SiglipEncoder(VideoEncoder):
             return x.unflatten(0, (batch, count))
 
         inner = {number: per_clip(out.hidden_states[place]) for number, place in layers.items()}
-        return FrameFeatures(per_clip(out.last_hidden_state), per_clip(out.pooler_output), inner)
+        return FrameFeatures(
+            per_clip(out.last_hidden_state), per_clip(out.pooler_output), inner, self.model.head
+        )
 
 
 # -- building by name -----------------------------------------------------------------------------

@@ -298,6 +298,27 @@ class PoolingHead(nn.Module):
         return pooled.unflatten(0, (batch, frames))
 
 
+def project_patches(head: nn.Module, patch_tokens: Tensor) -> Tensor:
+    """Patch tokens in the space of frame embeddings: each what the frame's would be if it was all.
+
+    The dense projection of StreamFormer's spatial tasks. A pooling head whose attention sees one
+    key gives it all the weight, whatever the query, so values, out-projection and MLP remain:
+    ``p = Wo (Wv x + bv) + bo``, then ``p + MLP(LN(p))``. It has no weights of its own.
+
+    Args:
+        head: ``PoolingHead``, or the head of a SigLIP image tower; any with an ``attention``
+            (``nn.MultiheadAttention``), a ``layernorm`` and an ``mlp``.
+        patch_tokens: ``(…, D)``, after the encoder's final norm.
+
+    Returns:
+        ``(…, D)``, not normalised.
+    """
+    attention = head.attention
+    value = attention.in_proj_weight.chunk(3)[2], attention.in_proj_bias.chunk(3)[2]
+    projected = attention.out_proj(F.linear(patch_tokens.to(value[0].dtype), *value))
+    return projected + head.mlp(head.layernorm(projected))
+
+
 # -- the model ------------------------------------------------------------------------------------
 
 

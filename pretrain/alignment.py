@@ -108,6 +108,43 @@ def alignment_loss(
     )
 
 
+def softmax_loss(
+    features: Tensor,
+    text: Tensor,
+    pixels: Tensor,
+    scale: Tensor | float,
+    mask: Tensor | None = None,
+    *,
+    normalize_text: bool = True,
+) -> Tensor:
+    """The released spatial loss: which of the texts names a pixel? One value per sample, (B,).
+
+    Logits of the patches, ``scale * cosine``, are resized to the pixels (bilinear), and cross
+    entropy is taken over the texts, a mean over the pixels that have an answer. A sample without
+    any gives 0. Nothing tells a patch that no text fits: the default is `alignment_loss`.
+
+    features: (B, T, h, w, D). text: (C, D) or (B, C, D). pixels: (B, T, H, W) int64, the row of
+    the text that is right, -1 for no answer. mask: (B, C) bool, False for texts that take no part.
+    Computed a sample at a time: T * C * H * W logits are what fills the memory.
+    """
+    cosine = similarity(features, text, normalize_text=normalize_text)  # (B, T, h, w, C)
+    if pixels.shape[:2] != cosine.shape[:2] or pixels.ndim != 4:
+        raise ValueError(
+            f"pixels have shape {tuple(pixels.shape)}; features {tuple(features.shape)} need "
+            f"({cosine.shape[0]}, {cosine.shape[1]}, H, W)"
+        )
+    losses = []
+    with torch.autocast(features.device.type, enabled=False):
+        for i, answers in enumerate(pixels):  # (T, H, W)
+            logits = (scale * cosine[i]).permute(0, 3, 1, 2)  # (T, C, h, w)
+            if mask is not None:
+                logits = logits.masked_fill(~mask[i, :, None, None], -1e4)
+            logits = F.interpolate(logits, answers.shape[1:], mode="bilinear", align_corners=False)
+            loss = F.cross_entropy(logits, answers, ignore_index=-1, reduction="sum")
+            losses.append(loss / (answers >= 0).sum().clamp_min(1))
+    return torch.stack(losses)
+
+
 def contrastive_pairs(captions: Tensor, videos: Tensor, batch: int, rank: int = 0) -> tuple:
     """Targets and mask of one rank's clips against the captions of all ranks.
 

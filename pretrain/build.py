@@ -9,7 +9,15 @@ from pretrain.config import TaskConfig
 from pretrain.datasets import READERS, VideoDataset
 from pretrain.datasets.augment import Augmentation
 from pretrain.datasets.decode import ClipReader, FrameStore
-from pretrain.objectives import Localization, Objective, Recognition, Retrieval
+from pretrain.objectives import (
+    Grounding,
+    InstanceSegmentation,
+    Localization,
+    Objective,
+    Recognition,
+    ReferringSegmentation,
+    Retrieval,
+)
 
 
 def build_dataset(
@@ -49,5 +57,17 @@ def build_objective(
     """The objective of a task, over the label sets of its data."""
     if task.objective == "retrieval":
         return Retrieval(mask_duplicates=mask_duplicates)
+    if task.objective == "grounding":
+        return Grounding(task.reduction)
+    if task.objective == "referring_segmentation":
+        return ReferringSegmentation(mask_duplicates=mask_duplicates, loss=task.spatial_loss)
+    if task.objective == "instance_segmentation":
+        return InstanceSegmentation(
+            dataset.label_sets,
+            task.templates,
+            renormalize=renormalize_labels,
+            loss=task.spatial_loss,
+            max_classes=task.max_classes,
+        )
     kind = {"recognition": Recognition, "localization": Localization}[task.objective]
     return kind(dataset.label_sets, task.templates, renormalize=renormalize_labels)

@@ -16,6 +16,7 @@ from pretrain.datasets import READERS
 from pretrain.datasets.augment import Augmentation
 from pretrain.datasets.frames import RULES
 from pretrain.objectives import OBJECTIVES
+from pretrain.objectives.dense import SpatialLoss
 from pretrain.text import resolve_templates
 
 Freeze = Literal["none", "spatial_attention", "image"]
@@ -26,7 +27,7 @@ Decay = Literal["matrices", "released"]
 class TaskConfig:
     """One task of the mix: an objective, and the data that it is trained and measured on.
 
-    objective: recognition, retrieval or localization.
+    objective: a name of `objectives.OBJECTIVES`.
     reader: the annotation family, a name of `datasets.READERS`; ``train`` and ``val`` are the
         arguments of that reader (annotations, root, …). Without ``val`` the task is not measured.
     weight: of its loss in an update. Weights are divided by their sum.
@@ -36,6 +37,11 @@ class TaskConfig:
     flip: mirror clips half of the time; never for directional labels.
     directional: labels tell left from right, so ``flip`` is refused.
     templates: prompts around labels: "video", "plain" or a list of one's own.
+    reduction: of grounding: "mean" over the frames of a clip, or their "sample_sum", as released,
+        which makes the task weigh as many times more as its clips have frames.
+    spatial_loss: of the two segmentation tasks: "sigmoid", on patches, or "softmax", on the pixels
+        of things alone, as released.
+    max_classes: labels that a clip of instance segmentation is scored against at a time.
     """
 
     objective: str
@@ -50,6 +56,9 @@ class TaskConfig:
     flip: bool = False
     directional: bool = True
     templates: str | tuple[str, ...] = "video"
+    reduction: Literal["mean", "sample_sum"] = "mean"
+    spatial_loss: SpatialLoss = "sigmoid"
+    max_classes: int = 100
 
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, OBJECTIVES)
@@ -60,10 +69,17 @@ class TaskConfig:
         if not isinstance(self.templates, str):
             object.__setattr__(self, "templates", tuple(self.templates))
         _at_least("stride", self.stride, 1)
+        _at_least("max_classes", self.max_classes, 1)
+        _one_of("spatial_loss", self.spatial_loss, get_args(SpatialLoss))
         if self.batch_size is not None:
             _at_least("batch_size", self.batch_size, 1)
         if not self.weight > 0:
             raise ValueError(f"weight={self.weight} must be positive; leave the task out instead")
+        _one_of("reduction", self.reduction, ("mean", "sample_sum"))
+        if self.reduction != "mean" and self.objective != "grounding":
+            raise ValueError(
+                f"reduction={self.reduction!r} is for grounding alone, not {self.objective}"
+            )
         if self.flip and self.directional:
             raise ValueError(
                 "flip=True mirrors clips whose labels may tell left from right; set "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from backbone import FrameFeatures
-from pretrain.alignment import Reduction
+from pretrain.alignment import Reduction, alignment_loss, softmax_loss
 from pretrain.datasets import Batch
 from pretrain.text import TextTower, resolve_templates
 
@@ -26,6 +27,43 @@ class Aligned:
     reduction: Reduction = "mean"
     normalize_text: bool = True
 
+    def loss(self, scale: Tensor | float, bias: Tensor | float) -> Tensor:
+        """The sigmoid loss, a scalar."""
+        return alignment_loss(
+            self.features,
+            self.text,
+            self.targets,
+            scale=scale,
+            bias=bias,
+            mask=self.mask,
+            reduction=self.reduction,
+            normalize_text=self.normalize_text,
+        )
+
+
+@dataclass
+class AlignedPixels:
+    """Arguments of `softmax_loss`, the released loss of the spatial tasks."""
+
+    features: Tensor  # (B, T, h, w, D)
+    text: Tensor  # (C, D) or (B, C, D)
+    pixels: Tensor  # (B, T, H, W) int64, row of the right text, -1 for no answer
+    decoded: Tensor  # (B,) bool, which samples the mean is over
+    mask: Tensor | None = None  # (B, C) bool, False for texts that take no part
+    normalize_text: bool = True
+
+    def loss(self, scale: Tensor | float, bias: Tensor | float) -> Tensor:
+        """The softmax loss, a scalar; the bias cancels, and takes part with a gradient of 0."""
+        losses = softmax_loss(
+            self.features,
+            self.text,
+            self.pixels,
+            scale,
+            self.mask,
+            normalize_text=self.normalize_text,
+        )
+        return (losses * self.decoded).sum() / self.decoded.sum().clamp_min(1) + 0.0 * bias
+
 
 class Metric(Protocol):
     """A zero-shot metric: fed with batches, read once."""
@@ -40,7 +78,9 @@ class Metric(Protocol):
 class Objective(Protocol):
     """One task: what the features are, what the texts are, what the targets are; its metric."""
 
-    def __call__(self, features: FrameFeatures, batch: Batch, tower: TextTower) -> Aligned:
+    def __call__(
+        self, features: FrameFeatures, batch: Batch, tower: TextTower
+    ) -> Aligned | AlignedPixels:
         """Build the arguments of the loss for a batch."""
 
     def metric(self) -> Metric:
@@ -91,3 +131,9 @@ def last_valid_frame(features: FrameFeatures, batch: Batch) -> Tensor:
     """Embedding of each clip's last real frame, (B, D): what a causal model knows of the clip."""
     last = batch.valid.sum(1).clamp_min(1) - 1  # (B,)
     return features.frame_embeddings[torch.arange(len(last), device=last.device), last]
+
+
+def text_numbers(texts: Iterable[str]) -> Tensor:
+    """The same integer for the same text on every rank, (n,) int64."""
+    digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,7 +9,7 @@ from torch import Tensor
 from backbone import FrameFeatures
 from pretrain.alignment import contrastive_pairs, gather_ranks, similarity
 from pretrain.datasets import Batch
-from pretrain.objectives.base import Aligned, last_valid_frame
+from pretrain.objectives.base import Aligned, last_valid_frame, text_numbers
 from pretrain.text import TextTower
 
 
@@ -37,8 +34,8 @@ class Retrieval:
     def targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, R * B), +1 for the clip's own caption, -1 for all others; and which pairs count."""
         device, size = batch.valid.device, len(batch.captions)
-        captions = gather_ranks(_numbers(batch.captions).to(device))  # (R*B,)
-        videos = gather_ranks(_numbers(str(entry.video) for entry in batch.entries).to(device))
+        captions = gather_ranks(text_numbers(batch.captions).to(device))  # (R*B,)
+        videos = gather_ranks(text_numbers(str(entry.video) for entry in batch.entries).to(device))
         decoded = batch.valid.any(1)  # (B,)
         rank = dist.get_rank() if len(captions) > size else 0
         targets, mask = contrastive_pairs(captions, videos, size, rank)
@@ -78,7 +75,7 @@ class RetrievalRecall:
     def compute(self) -> dict[str, float]:
         """``text_to_video_R@k`` and ``video_to_text_R@k``."""
         scores = similarity(torch.cat(self.features), torch.cat(self.texts))  # (videos, captions)
-        words = _numbers(self.captions)
+        words = text_numbers(self.captions)
         right = words[:, None] == words
         first = [self.captions.index(text) for text in dict.fromkeys(self.captions)]
         results = {}
@@ -90,9 +87,3 @@ class RetrievalRecall:
             for k in (1, 5, 10):
                 results[f"{name}_R@{k}"] = 100 * ranked[:, :k].any(1).float().mean().item()
         return results
-
-
-def _numbers(texts: Iterable[str]) -> Tensor:
-    """The same integer for the same text on every rank, (n,) int64."""
-    digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
-    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
