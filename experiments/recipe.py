@@ -11,6 +11,7 @@ first use from the sections ``world`` and ``mini_siglip``.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,12 +135,26 @@ def problems(config: Mapping[str, Any]) -> list[str]:
         )
     elif data["root"] is not None and not Path(data["root"]).is_dir():
         found.append(f"data.root: there is no folder {data['root']}")
+    elif data["root"] is not None:
+        found += _absent(config["tasks"], Path(data["root"]))
     if data["root"] is not None and not config["model"].get("siglip"):
         found.append(
             "model.siglip is None: name the SigLIP model that is lifted, such as "
             "--set model.siglip=google/siglip-base-patch16-224"
         )
     return found
+
+
+def _absent(value: Any, root: Path, where: str = "tasks") -> list[str]:
+    """Files and folders below the root that readers are to be given and that are not there."""
+    if isinstance(value, Mapping):
+        inside = [_absent(item, root, f"{where}.{key}") for key, item in value.items()]
+        return [text for texts in inside for text in texts]
+    if isinstance(value, list):
+        return [text for item in value for text in _absent(item, root, where)]
+    if isinstance(value, str) and ROOT in value and not Path(_placed(value, root)).exists():
+        return [f"{where}: there is no {_placed(value, root)}"]
+    return []
 
 
 def _placed(value: Any, root: Path) -> Any:
@@ -153,12 +168,51 @@ def _placed(value: Any, root: Path) -> Any:
     return value
 
 
+def launched() -> bool:
+    """Whether ``torchrun`` or ``accelerate launch`` started this process."""
+    return "RANK" in os.environ
+
+
+def rank() -> int:
+    """Number of this process; 0 is the main one, which reports."""
+    return int(os.environ.get("RANK", 0))
+
+
 def in_one_process_first(work: Callable[[], Any], device: str) -> Any:
     """Let the main process of ``torchrun`` or ``accelerate launch`` do ``work`` before the others.
 
     What it makes lies on disk then, and the others find it. Alone, it is just done.
     """
+    if not launched():
+        return work()
     from accelerate import PartialState
 
     with PartialState(cpu=device == "cpu").main_process_first():
         return work()
+
+
+def train(settings: Any, processes: int = 1) -> Path:
+    """Train, in ``processes`` of our own unless several were launched already.
+
+    Raises:
+        UserError: what ``pretrain.train`` refuses, from whichever process.
+    """
+    from torch.multiprocessing import ProcessRaisedException
+
+    from pretrain import train as fit
+    from pretrain.datasets.decode import ClipError
+    from pretrain.launch import run_processes
+
+    try:
+        if launched():
+            fit(settings)
+        else:
+            run_processes(fit, settings, processes=processes)
+    except (ValueError, ClipError, FloatingPointError) as error:
+        raise UserError(str(error)) from error
+    except ProcessRaisedException as error:
+        kind, _, text = str(error).strip().rpartition("\n")[2].partition(": ")
+        if kind.rpartition(".")[2] in ("ValueError", "ClipError", "FloatingPointError"):
+            raise UserError(text) from error
+        raise
+    return Path(settings.output)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -418,7 +418,9 @@ def _join_markdown(parts: Sequence[str]) -> str:
     return text + "\n"
 
 
-def _colours(labels: Sequence[str]) -> dict[str, str]:
+def colours_of(labels: Iterable[str]) -> dict[str, str]:
+    """Label -> colour: known labels their own, others what is left, in order."""
+    labels = list(labels)
     spare = iter(SPARE_COLOURS * (1 + len(labels)))
     return {label: COLOURS.get(label) or next(spare) for label in labels}
 
@@ -426,7 +428,7 @@ def _colours(labels: Sequence[str]) -> dict[str, str]:
 def _plot_metrics(axes: Any, report: Mapping[str, Any]) -> None:
     metrics = report["metrics"]
     names = list(next(iter(metrics.values())))
-    colours = _colours(list(metrics))
+    colours = colours_of(list(metrics))
     width = 0.8 / len(metrics)
     for place, (label, values) in enumerate(metrics.items()):
         for group, name in enumerate(names):
@@ -490,7 +492,7 @@ def _plot_rows(
     pair: Sequence[str],
 ) -> None:
     """One line per row of ``values`` (label -> row -> number): a dot per label, the pair joined."""
-    colours = _colours(list(values))
+    colours = colours_of(list(values))
     better, base = pair
     reach = 0.0
     for place, name in zip(range(len(rows))[::-1], rows, strict=True):
