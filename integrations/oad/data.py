@@ -31,6 +31,7 @@ from mmengine.dist import get_dist_info
 from torch.utils.data import Sampler
 
 from integrations.oad import protocols
+from integrations.oad.features import read_facts
 from integrations.oad.mat import MatConfig
 from integrations.oad.targets import PACKAGED_INFO
 
@@ -310,7 +311,7 @@ class _Folder:
                 "extract them with integrations.oad.features, or set data.foreign for features "
                 "made elsewhere"
             )
-        self.facts = json.loads(path.read_text()) if path.is_file() else None
+        self.facts = read_facts(path) if path.is_file() else None
         self.dim: int | None = self.facts and self.facts["dim"]
         for name, wanted in (("protocol", protocol), ("fps", fps)):
             found = self.facts and self.facts[name]
@@ -323,7 +324,7 @@ class _Folder:
             path = self.root / f"{video}.json"
             if not path.is_file():
                 raise DataError(f"{video}: {path} is missing; run the extraction again")
-            facts = json.loads(path.read_text())
+            facts = read_facts(path)
             for name, shared in self.facts.items():
                 if facts.get(name) != shared:
                     raise DataError(
