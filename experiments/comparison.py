@@ -47,6 +47,16 @@ class Run:
     folder: Path
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What a task found out about some encoders, ready for ``report.build_report``."""
+
+    title: str  # of the data
+    outcomes: dict[str, dict[int, dict[str, Any]]]  # label -> seed -> outcome of one run
+    difference: list[str]  # keys in which the encoders' configs differ
+    details: dict[str, Any]
+
+
 def add_arguments(parser: argparse.ArgumentParser, work_dir: str) -> None:
     """Options of every comparison."""
     add = parser.add_argument

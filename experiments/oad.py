@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import comparison
-from experiments.comparison import ENCODER, Run, config_difference, plan, run_all
+from experiments.comparison import ENCODER, Comparison, Run, config_difference, plan, run_all
 from experiments.config import UserError, digest, field_defaults, load_config
 from experiments.environment import choose_device, cores, environment
 from experiments.report import build_report, publish, summarise
@@ -84,30 +84,51 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     preflight(config, labels, args.seeds, folder)
 
-    _bound_threads(config)
-    source = prepare(config, labels, folder)
-    encoders = {
-        label: extract(label, spec, source, config, folder, args.device)
-        for label, spec in source.encoders.items()
-    }
-    runs = plan(config, encoders, args.seeds, folder)
-    train = partial(run_one, data_root=source.root, folder=folder, device=args.device)
-    outcomes, difference = run_all(runs, train, jobs=_jobs(config, args.device))
-    compare_as_run(runs)
+    found = compare(config, labels, args.seeds, folder, args.device)
 
     report = build_report(
         task="oad",
-        title=f"Online action detection on {source.title}",
+        title=f"Online action detection on {found.title}",
         data=config["data"]["dataset"],
-        outcomes=outcomes,
+        outcomes=found.outcomes,
         config=config,
-        config_difference=difference,
+        config_difference=found.difference,
         environment=environment(),
         wall_seconds=time.perf_counter() - start,
-        details=_details(config, source, encoders, outcomes, args.command),
+        details={"command": args.command, **found.details},
     )
     publish(report, folder)
     return report
+
+
+def compare(
+    config: Mapping[str, Any],
+    labels: Mapping[str, str],
+    seeds: Sequence[int],
+    folder: Path,
+    device: str,
+) -> Comparison:
+    """Extract, train and evaluate for every encoder and seed; caches in ``folder`` are used.
+
+    Args:
+        config: from ``resolve``.
+        labels: label -> spec, or the name of a mini or released encoder.
+        seeds: of the heads.
+        folder: where everything lies.
+        device: where it runs.
+    """
+    _bound_threads(config)
+    source = prepare(config, labels, folder)
+    encoders = {
+        label: extract(label, spec, source, config, folder, device)
+        for label, spec in source.encoders.items()
+    }
+    runs = plan(config, encoders, seeds, folder)
+    train = partial(run_one, data_root=source.root, folder=folder, device=device)
+    outcomes, difference = run_all(runs, train, jobs=_jobs(config, device))
+    compare_as_run(runs)
+    details = _details(config, source, encoders, outcomes)
+    return Comparison(source.title, outcomes, difference, details)
 
 
 def resolve(config: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -371,7 +392,6 @@ def _details(
     source: Source,
     encoders: Mapping[str, Mapping[str, Any]],
     outcomes: Mapping[str, Mapping[int, Mapping[str, Any]]],
-    command: str,
 ) -> dict[str, Any]:
     one = next(iter(next(iter(outcomes.values())).values()))
     sets = _read_sets(config["data"], source.root)
@@ -381,7 +401,6 @@ def _details(
             metric: metric.replace("/", " ").replace("@", "\n") for metric in one["metrics"]
         },
         "notes": NOTES,
-        "command": command,
         "encoders": {
             label: {"spec": entry["spec"], **entry["settings"]} for label, entry in encoders.items()
         },
