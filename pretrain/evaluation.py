@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from backbone import FrameFeatures, VideoEncoder
 from pretrain.datasets import Batch, Draw, VideoDataset, collate
+from pretrain.datasets.frames import View
 from pretrain.objectives import Objective
 from pretrain.text import TextTower
 
@@ -30,16 +32,20 @@ def evaluate(
     """Metrics of one task, in percent, over all clips of ``dataset``.
 
     encode: clips (B, T, 3, H, W) of bytes to features. Clips that cannot be decoded are left out
-    and counted as ``skipped``, which is in the result only if there are any.
+    and counted as ``skipped``, which is in the result only if there are any. Where the data set has
+    several ``views`` of a video, its metric gets them in consecutive rows, always whole.
     """
-    metric, skipped = objective.metric(), 0
+    looks = math.prod(dataset.views)
+    metric = objective.metric() if looks == 1 else objective.metric(views=looks)
+    lost = 0
     for batch in _batches(dataset, num_frames, batch_size, num_workers):
-        skipped += len(batch.errors)
+        lost += len(batch.errors)
         batch = batch.to(torch.device(device))
         metric.update(encode(batch.frames), batch, tower)
+    skipped = lost / looks
     if skipped == len(dataset):
-        raise ValueError(f"none of the {skipped} validation clips could be decoded")
-    return metric.compute() | ({"skipped": float(skipped)} if skipped else {})
+        raise ValueError(f"none of the {len(dataset)} validation clips could be decoded")
+    return metric.compute() | ({"skipped": skipped} if skipped else {})
 
 
 def frozen(encoder: VideoEncoder) -> Callable[[Tensor], FrameFeatures]:
@@ -57,7 +63,12 @@ def frozen(encoder: VideoEncoder) -> Callable[[Tensor], FrameFeatures]:
 def _batches(
     dataset: VideoDataset, num_frames: int, batch_size: int, num_workers: int
 ) -> Iterator[Batch]:
-    draws = [Draw(index, num_frames) for index in range(len(dataset))]
+    times, places = dataset.views
+    looks: list[View | None] = [None]
+    if times * places > 1:
+        looks = [View(t, times, p, places) for t in range(times) for p in range(places)]
+    draws = [Draw(index, num_frames, view=look) for index in range(len(dataset)) for look in looks]
+    batch_size = max(batch_size // len(looks), 1) * len(looks)
     yield from DataLoader(
         dataset,
         batch_sampler=[draws[i : i + batch_size] for i in range(0, len(draws), batch_size)],

@@ -41,6 +41,7 @@ from pretrain.datasets.localization import (
     read_hacs,
     read_localization,
 )
+from pretrain.datasets.union import read_union
 
 READERS = {
     # recognition
@@ -70,6 +71,8 @@ READERS = {
     "activitynet_captions_grounding": read_activitynet_moments,
     "didemo_grounding": read_didemo_moments,
     "queryd": read_queryd,
+    # several of these at once
+    "union": read_union,
 }
 
 __all__ = [

@@ -117,14 +117,20 @@ class Batch:
 
 
 class VideoDataset(Dataset):
-    """Samples of one family of annotations, read through one `ClipReader`."""
+    """Samples of one family of annotations, read through one `ClipReader`.
 
-    def __init__(self, annotations: Annotations, reader: ClipReader) -> None:
+    ``views``: how many clips over time, and squares along the long side, a test averages over.
+    """
+
+    def __init__(
+        self, annotations: Annotations, reader: ClipReader, views: tuple[int, int] = (1, 1)
+    ) -> None:
         if not annotations.entries:
             raise ValueError("the data set has no entries; check the annotation file and the split")
         self.entries = annotations.entries
         self.label_sets = annotations.label_sets
         self.reader = reader
+        self.views = views
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -13,6 +13,8 @@ from pretrain.datasets import Batch
 from pretrain.objectives.base import Aligned, LabelSpace, last_valid_frame
 from pretrain.text import TextTower
 
+SHARPNESS = 100.0  # from cosine to logit where views are averaged; SigLIP's own is about 117
+
 
 class Recognition:
     """Clip embedding against the names of all classes; every clip is one position."""
@@ -54,16 +56,20 @@ class Recognition:
             normalize_text=self.space.renormalize,
         )
 
-    def metric(self) -> RecognitionAccuracy:
-        """Top-1 and top-5 accuracy."""
-        return RecognitionAccuracy(self)
+    def metric(self, views: int = 1) -> RecognitionAccuracy:
+        """Top-1 and top-5 accuracy; of ``views`` consecutive rows each, if there are several."""
+        return RecognitionAccuracy(self, views)
 
 
 class RecognitionAccuracy:
-    """Share of clips whose class is the nearest text, or among the five nearest, in percent."""
+    """Share of videos whose class is the nearest text, or among the five nearest, in percent.
 
-    def __init__(self, objective: Recognition) -> None:
-        self.objective = objective
+    Every ``views`` consecutive rows are looks at one video; the probabilities of its classes are
+    their mean over the looks that could be decoded.
+    """
+
+    def __init__(self, objective: Recognition, views: int = 1) -> None:
+        self.objective, self.views = objective, views
         self.hits: list[Tensor] = []  # each (B, 2)
 
     def update(self, features: FrameFeatures, batch: Batch, tower: TextTower) -> None:
@@ -71,10 +77,15 @@ class RecognitionAccuracy:
         space = self.objective.space
         scores = similarity(self.objective.features(features, batch), self.objective.texts(tower))
         scores = scores.cpu().masked_fill(~space.mask(batch), -torch.inf)  # (B, C)
-        right = self.objective.targets(batch) > 0
+        right, seen = self.objective.targets(batch) > 0, batch.valid.any(1).cpu()  # (B, C), (B,)
+        if self.views > 1:
+            looks = (SHARPNESS * scores).softmax(1) * seen[:, None]
+            scores = looks.unflatten(0, (-1, self.views)).sum(1)  # (videos, C)
+            right = right[:: self.views]
+            seen = seen.unflatten(0, (-1, self.views)).any(1)
         ranked = right.gather(1, scores.argsort(1, descending=True)[:, :5])  # (B, up to 5)
         hits = torch.stack([ranked[:, 0], ranked.any(1)], 1)
-        self.hits.append(hits[batch.valid.any(1).cpu()])
+        self.hits.append(hits[seen])
 
     def compute(self) -> dict[str, float]:
         """``top1`` and ``top5``."""
