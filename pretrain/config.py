@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from pretrain.datasets import READERS
 from pretrain.datasets.augment import Augmentation
-from pretrain.datasets.frames import RULES
+from pretrain.datasets.frames import RULES, VIEWS
 from pretrain.objectives import OBJECTIVES
 from pretrain.objectives.dense import SpatialLoss
 from pretrain.text import resolve_templates
@@ -37,6 +37,9 @@ class TaskConfig:
     flip: mirror clips half of the time; never for directional labels.
     directional: labels tell left from right, so ``flip`` is refused.
     templates: prompts around labels: "video", "plain" or a list of one's own.
+    views: of recognition's test: clips over time, and squares along the long side, whose class
+        probabilities are averaged. (4, 3) with "segments" is the protocol of Kinetics, (2, 3) with
+        "blocks" that of Something-Something; (1, 1) is a single clip as in validation.
     reduction: of grounding: "mean" over the frames of a clip, or their "sample_sum", as released,
         which makes the task weigh as many times more as its clips have frames.
     spatial_loss: of the two segmentation tasks: "sigmoid", on patches, or "softmax", on the pixels
@@ -56,6 +59,7 @@ class TaskConfig:
     flip: bool = False
     directional: bool = True
     templates: str | tuple[str, ...] = "video"
+    views: tuple[int, int] = (1, 1)
     reduction: Literal["mean", "sample_sum"] = "mean"
     spatial_loss: SpatialLoss = "sigmoid"
     max_classes: int = 100
@@ -75,6 +79,7 @@ class TaskConfig:
             _at_least("batch_size", self.batch_size, 1)
         if not self.weight > 0:
             raise ValueError(f"weight={self.weight} must be positive; leave the task out instead")
+        self._check_views()
         _one_of("reduction", self.reduction, ("mean", "sample_sum"))
         if self.reduction != "mean" and self.objective != "grounding":
             raise ValueError(
@@ -84,6 +89,22 @@ class TaskConfig:
             raise ValueError(
                 "flip=True mirrors clips whose labels may tell left from right; set "
                 "directional=False if these do not"
+            )
+
+    def _check_views(self) -> None:
+        object.__setattr__(self, "views", tuple(self.views))
+        if len(self.views) != 2 or min(self.views) < 1:
+            raise ValueError(f"views={self.views} must be two numbers from 1 on: times, places")
+        if self.views == (1, 1):
+            return
+        if self.objective != "recognition":
+            raise ValueError(
+                f"views={self.views}: averages are for recognition, not {self.objective}"
+            )
+        if self.sampling not in VIEWS:
+            raise ValueError(
+                f"views={self.views}: sampling={self.sampling!r} has no test views; use one of "
+                f"{', '.join(map(repr, VIEWS))}"
             )
 
 
