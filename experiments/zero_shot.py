@@ -214,7 +214,12 @@ def _measure(
         found = evaluate(
             frozen(encoder),
             dataset,
-            build_objective(task, dataset),
+            build_objective(
+                task,
+                dataset,
+                renormalize_labels=settings.model.renormalize_labels,
+                mask_duplicates=settings.model.mask_duplicates,
+            ),
             tower,
             num_frames=settings.model.num_frames,
             batch_size=task.batch_size or settings.batch_size,

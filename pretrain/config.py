@@ -188,6 +188,8 @@ class PretrainConfig:
     output: folder of the run. tasks: by name, in the order they take turns.
     image_size: pixels of a square frame; None takes the SigLIP model's.
     batch_size: clips per task, update and process.
+    data_share: train on this share of the videos only, the same videos in every task that has them;
+        a smaller share is part of every larger one. Validation is not cut.
     long_share: share of mini-batches with ``long_frames`` frames a clip: train as you stream.
     cache_in_memory: keep decoded videos as uint8, for sets of small videos.
     num_workers: processes that read ahead while the step runs; 0 reads in between. With
@@ -208,6 +210,7 @@ class PretrainConfig:
     optim: OptimConfig
     image_size: int | None = None
     batch_size: int = 16
+    data_share: float = 1.0
     long_share: float = 0.0
     long_frames: int = 0
     cache_in_memory: bool = False
@@ -228,6 +231,8 @@ class PretrainConfig:
         _one_of("precision", self.precision, ("fp32", "bf16"))
         _one_of("device", self.device, ("auto", "cpu"))
         _at_least("batch_size", self.batch_size, 1)
+        if not 0 < self.data_share <= 1:
+            raise ValueError(f"data_share={self.data_share} must lie in 0 to 1, 0 excluded")
         _at_least("keep_checkpoints", self.keep_checkpoints, 1)
         object.__setattr__(self, "trackers", tuple(self.trackers))
         if not self.tasks:

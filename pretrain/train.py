@@ -172,7 +172,7 @@ class _Run:
         self.objectives: dict[str, Objective] = {}
         for name, task in config.tasks.items():
             build = partial(build_dataset, task, name=name, image_size=image_size, store=store)
-            self.datasets[name] = build(task.train)
+            self.datasets[name] = build(task.train, share=config.data_share)
             if task.val is not None:
                 self.validation[name] = build(task.val)
                 known, asked = self.datasets[name].label_sets, self.validation[name].label_sets
