@@ -12,6 +12,8 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -181,13 +183,33 @@ def ordered_labels(label2id: Mapping[str, int], source: str) -> tuple[str, ...]:
     return tuple(labels)
 
 
+_unknown_labels: ContextVar[list[str] | None] = ContextVar("unknown_labels", default=None)
+
+
+@contextmanager
+def collecting_unknown_labels() -> Iterator[list[str]]:
+    """Let readers go on past labels without an id; yields the list that names them.
+
+    For checks of whole files: such labels get the id -1, so nothing may be trained on what is read.
+    """
+    found: list[str] = []
+    token = _unknown_labels.set(found)
+    try:
+        yield found
+    finally:
+        _unknown_labels.reset(token)
+
+
 def label_id(label2id: Mapping[str, int], label: str, where: str) -> int:
     """Id of a label, or an error that names it and where it stands."""
-    if label not in label2id:
-        raise AnnotationError(
-            f"{where}: label {label!r} is not among the {len(label2id)} of label2id"
-        )
-    return label2id[label]
+    if label in label2id:
+        return label2id[label]
+    problem = f"{where}: label {label!r} is not among the {len(label2id)} of label2id"
+    found = _unknown_labels.get()
+    if found is None:
+        raise AnnotationError(problem)
+    found.append(problem)
+    return -1
 
 
 def label_ids(labels: str | Path | None, name: str, found: Iterable[str]) -> dict[str, int]:
