@@ -29,6 +29,7 @@ from pretrain.datasets.grounding import (
     read_qvhighlights,
     read_tacos,
 )
+from pretrain.datasets.instances import read_coco, read_youtube_vis
 from pretrain.datasets.kinetics import (
     read_hacs_clips,
     read_kinetics,
@@ -40,6 +41,14 @@ from pretrain.datasets.localization import (
     read_fineaction,
     read_hacs,
     read_localization,
+)
+from pretrain.datasets.referring import (
+    read_mevis,
+    read_mevis_official,
+    read_refer_coco,
+    read_refer_coco_official,
+    read_refer_youtube_vos,
+    read_refer_youtube_vos_official,
 )
 from pretrain.datasets.union import read_union
 
@@ -71,6 +80,16 @@ READERS = {
     "activitynet_captions_grounding": read_activitynet_moments,
     "didemo_grounding": read_didemo_moments,
     "queryd": read_queryd,
+    # instance segmentation
+    "youtube_vis": read_youtube_vis,
+    "coco": read_coco,
+    # referring segmentation
+    "mevis": read_mevis,
+    "mevis_official": read_mevis_official,
+    "refer_youtube_vos": read_refer_youtube_vos,
+    "refer_youtube_vos_official": read_refer_youtube_vos_official,
+    "refer_coco": read_refer_coco,
+    "refer_coco_official": read_refer_coco_official,
     # several of these at once
     "union": read_union,
 }

@@ -127,6 +127,11 @@ class VideoDataset(Dataset):
     ) -> None:
         if not annotations.entries:
             raise ValueError("the data set has no entries; check the annotation file and the split")
+        if reader.augment.kind == "strong" and any(e.masks is not None for e in annotations.entries):
+            raise ValueError(
+                "augmentation='strong' would leave the masks of these annotations behind; use "
+                "'things' or 'crop'"
+            )
         self.entries = annotations.entries
         self.label_sets = annotations.label_sets
         self.reader = reader

@@ -1,25 +1,29 @@
 """Video files to clips: which frames, decoded how, kept where, and what happens when it fails.
 
 `ClipReader.read` is the one road from a file to a clip: sampling rule (`frames.py`), decoding
-(`backbone.video`), augmentation (`augment.py`). With a `FrameStore` a video is decoded once,
-resized, and stays in memory as uint8: for sets of small videos, where opening files would cost more
-than the training step. A `FailureLedger` counts what could not be read and stops a run that loses
-too much.
+(`backbone.video`), masks (`masks.py`), augmentation (`augment.py`). With a `FrameStore` a video is
+decoded once, resized, and stays in memory as uint8: for sets of small videos, where opening files
+would cost more than the training step. A `FailureLedger` counts what could not be read and stops a
+run that loses too much.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from backbone import video
+from backbone.sources import IMAGE_SUFFIXES
 from pretrain.datasets.augment import Augmentation, crop_place, resize_short_side
+from pretrain.datasets.errors import ClipError
 from pretrain.datasets.frames import RULES, VIEWS, View, choose
 
 if TYPE_CHECKING:
@@ -27,9 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
-class ClipError(RuntimeError):
-    """A clip that could not be decoded; the message names the file and the reason."""
+IMAGE_RATE = 1.0  # images have no clock: each counts as one second
 
 
 class Clip(NamedTuple):
@@ -49,30 +51,38 @@ class FrameStore:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._videos: dict[Path, tuple[Tensor, np.ndarray] | str] = {}
+        self._videos: dict[tuple, tuple[Tensor, np.ndarray] | str] = {}
 
-    def get(self, path: Path) -> tuple[Tensor, np.ndarray]:
-        """Frames (L, 3, h, w) uint8 and times (L,) in seconds. Raises ClipError."""
-        if path not in self._videos:
+    def get(self, path: Path, files: tuple[str, ...] = ()) -> tuple[Tensor, np.ndarray]:
+        """Frames (L, 3, h, w) uint8 and times (L,) in seconds. Raises ClipError.
+
+        ``files`` are the images of a folder that are the video, all of them if it is empty.
+        """
+        key = path, files
+        if key not in self._videos:
             try:
-                self._videos[path] = self._decode(path)
+                self._videos[key] = self._decode(path, files)
             except ClipError as error:
-                self._videos[path] = str(error)
-        found = self._videos[path]
+                self._videos[key] = str(error)
+        found = self._videos[key]
         if isinstance(found, str):
             raise ClipError(found)
         return found
 
-    def _decode(self, path: Path) -> tuple[Tensor, np.ndarray]:
+    def _decode(self, path: Path, files: tuple[str, ...]) -> tuple[Tensor, np.ndarray]:
         images, times = [], []
+        paths = image_paths(path, files)
         try:
-            with video.open_video(path) as reader:
-                for frame in reader:
-                    images.append(frame.image)
-                    times.append(frame.time)
+            if paths:
+                images, times = read_images(paths), np.arange(len(paths)) / IMAGE_RATE
+            else:
+                with video.open_video(path, image_fps=IMAGE_RATE) as reader:
+                    for frame in reader:
+                        images.append(frame.image)
+                        times.append(frame.time)
         except (video.VideoError, OSError) as error:
             raise ClipError(f"{path}: {error}") from error
-        if not images:
+        if not len(images):
             raise ClipError(f"{path}: holds no frames")
         frames = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (L, 3, H, W)
         return resize_short_side(frames, self.size).contiguous(), np.array(times)
@@ -111,10 +121,16 @@ class ClipReader:
         ``rng`` None makes the fixed choices of validation, or of one ``view`` of a test. The clip
         has ``num_frames`` frames, less only where the rule allows it. Raises ClipError.
         """
-        frames, times = self._read(entry, num_frames, rng, view)
+        frames, times, chosen = self._read(entry, num_frames, rng, view)
         if view is not None:
             return Clip(crop_place(frames, self.size, view.place, view.places), times)
-        return Clip(self.augment(frames, self.size, rng), times)
+        if entry.masks is None:
+            return Clip(self.augment(frames, self.size, rng), times)
+        masks = torch.from_numpy(entry.masks.read(chosen, tuple(frames.shape[-2:])))  # (T, H, W)
+        frames, masks = self.augment.with_masks(
+            frames, masks, self.size, rng, still=is_still(entry.video)
+        )
+        return Clip(frames, times, masks)
 
     def lasts(self, entry: Entry, num_frames: int) -> bool:
         """Whether a clip of ``num_frames`` can be cut from a video without padding.
@@ -125,10 +141,10 @@ class ClipReader:
             return True
         try:
             if self.store is not None:
-                times = self.store.get(entry.video)[1]
+                times = self.store.get(entry.video, entry.files)[1]
                 length, fps = len(times), mean_rate(times)
             else:
-                length, fps = count_frames(entry.video)
+                length, fps = count_frames(entry.video, entry.files)
             first, last = span(entry, length, fps)
         except (ClipError, video.VideoError, OSError):
             return False
@@ -140,23 +156,29 @@ class ClipReader:
         num_frames: int,
         rng: np.random.Generator | None,
         view: View | None,
-    ) -> tuple[Tensor, np.ndarray]:
+    ) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Frames (T, 3, H, W), their times, and their numbers within the video."""
         path = entry.video
         if self.store is not None:
-            frames, times = self.store.get(path)  # (L, 3, h, w)
+            frames, times = self.store.get(path, entry.files)  # (L, 3, h, w)
             chosen = self._choose(entry, len(times), mean_rate(times), num_frames, rng, view)
             if self.sampling == "consecutive":  # a view, no copy
                 first, last = int(chosen[0]), int(chosen[-1])
-                return frames[first : last + 1 : self.stride], times[chosen]
-            return frames[torch.from_numpy(chosen)], times[chosen]
+                return frames[first : last + 1 : self.stride], times[chosen], chosen
+            return frames[torch.from_numpy(chosen)], times[chosen], chosen
         try:
-            length, fps = count_frames(path)
+            length, fps = count_frames(path, entry.files)
             chosen = self._choose(entry, length, fps, num_frames, rng, view)
-            # The middle of a frame's time is safe from rounding at its borders.
-            images, times = video.sample_frames(path, times=(chosen + 0.5) / fps)
+            paths = image_paths(path, entry.files)
+            if paths:
+                images, times = read_images([paths[i] for i in chosen]), chosen / fps
+            else:
+                # The middle of a frame's time is safe from rounding at its borders.
+                moments = (chosen + 0.5) / fps
+                images, times = video.sample_frames(path, times=moments, image_fps=IMAGE_RATE)
         except (video.VideoError, OSError) as error:
             raise ClipError(f"{path}: {error}") from error
-        return torch.from_numpy(images).permute(0, 3, 1, 2), times  # (T, 3, H, W)
+        return torch.from_numpy(images).permute(0, 3, 1, 2), times, chosen  # (T, 3, H, W)
 
     def _choose(
         self,
@@ -199,9 +221,40 @@ def mean_rate(times: np.ndarray) -> float:
     return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 1.0
 
 
-def count_frames(path: Path) -> tuple[int, float]:
+def is_still(path: Path) -> bool:
+    """Whether a video is one image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def image_paths(path: Path, files: tuple[str, ...]) -> list[Path]:
+    """The images that are a video's frames, if they are known by name; else an empty list."""
+    return [path / file for file in files] or ([path] if is_still(path) else [])
+
+
+def read_images(paths: Sequence[Path]) -> np.ndarray:
+    """Images of one size, (T, H, W, 3) uint8, each read once. Raises ClipError."""
+    images: dict[Path, np.ndarray] = {}
+    for path in dict.fromkeys(paths):
+        try:
+            with Image.open(path) as image:
+                images[path] = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        except (OSError, SyntaxError) as error:  # some broken PNGs are a SyntaxError to Pillow
+            raise ClipError(f"{path}: image cannot be read ({error})") from error
+        expected, found = images[paths[0]].shape[:2], images[path].shape[:2]
+        if found != expected:
+            raise ClipError(
+                f"{path}: {found[1]} x {found[0]} pixels, but the video's frames are "
+                f"{expected[1]} x {expected[0]}"
+            )
+    return np.stack([images[path] for path in paths])
+
+
+def count_frames(path: Path, files: tuple[str, ...] = ()) -> tuple[int, float]:
     """Frames and frames per second of a video, decoded and counted if the container is silent."""
-    with video.open_video(path) as reader:
+    paths = image_paths(path, files)
+    if paths:
+        return len(paths), IMAGE_RATE
+    with video.open_video(path, image_fps=IMAGE_RATE) as reader:
         fps, length = reader.fps, reader.num_frames
         if not length and reader.duration and fps:
             length = round(reader.duration * fps)
