@@ -80,6 +80,9 @@ def alignment_loss(
       "sum"         sum over everything
       "none"        one value per position, (B, …)
 
+    Means are over what counts on all ranks, divided among them: the mean of the ranks' losses is
+    the loss of one process that has all their clips. So all ranks have to call.
+
     Returns float32; exactly 0, still attached to the graph, if nothing counts.
     """
     cosine = similarity(features, text, normalize_text=normalize_text)  # (B, …, C)
@@ -99,10 +102,10 @@ def alignment_loss(
             return loss.sum()
         counts = torch.ones_like(loss) if mask is None else mask.expand_as(targets).any(-1).float()
         if reduction == "mean":
-            return loss.sum() / counts.sum().clamp_min(1.0)
+            return loss.sum() / rank_share(counts.sum())
         if reduction == "sample_sum":
             samples = counts.flatten(1).amax(1) if counts.ndim > 1 else counts  # (B,)
-            return loss.sum() / samples.sum().clamp_min(1.0)
+            return loss.sum() / rank_share(samples.sum())
     raise ValueError(
         f"reduction={reduction!r} is unknown; use 'mean', 'sample_sum', 'sum' or 'none'"
     )
@@ -169,13 +172,29 @@ def contrastive_pairs(captions: Tensor, videos: Tensor, batch: int, rank: int = 
     return own * 2.0 - 1.0, own | ~same
 
 
+def rank_share(count: Tensor) -> Tensor:
+    """What to divide a rank's sum by, given its count (), so that the mean over ranks is right.
+
+    The mean of all ranks' counts; 1 if nothing counts anywhere.
+    """
+    if _ranks() > 1:
+        count = count.clone()
+        dist.all_reduce(count)
+        count /= _ranks()
+    return torch.where(count > 0, count, 1.0)
+
+
 def gather_ranks(tensor: Tensor) -> Tensor:
     """Concatenate (B, …) of every rank to (R * B, …), rank-major; without a process group, as is.
 
     Carries no gradient. All ranks must bring the same shape.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _ranks() == 1:
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    parts = [torch.empty_like(tensor) for _ in range(_ranks())]
     dist.all_gather(parts, tensor.detach().contiguous())
     return torch.cat(parts)
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

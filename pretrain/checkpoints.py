@@ -1,7 +1,7 @@
 """Checkpoints of a run: written whole or not at all, the last few kept, resumed exactly.
 
     <output>/checkpoints/00000500/   model.safetensors   weights of the whole model in training
-                                     optimizer.pt        moments, read with weights_only
+                                     optimizer.pt        moments by weight, read with weights_only
                                      state.json          update, sampler, counted failures
 
 There is no random state in them, by design: the sampler derives every draw from (seed, task,
@@ -17,20 +17,20 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, keep: int
+    folder: Path, weights: dict[str, Tensor], moments: dict, state: dict, keep: int
 ) -> Path:
     """Write the checkpoint of ``state["update"]`` into ``folder``; older ones but ``keep`` go."""
     final = folder / f"{state['update']:08d}"
     part = folder / f".{final.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    weights = {name: value.contiguous() for name, value in weights.items()}
     save_file(weights, part / "model.safetensors")
-    torch.save(optimizer.state_dict(), part / "optimizer.pt")
+    torch.save(moments, part / "optimizer.pt")
     (part / "state.json").write_text(json.dumps(state, indent=2))
     shutil.rmtree(final, ignore_errors=True)
     os.replace(part, final)
@@ -44,9 +44,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[0-9]*") if (path / "state.json").is_file())
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Load weights and moments in place; returns the rest of the state."""
-    model.load_state_dict(load_file(path / "model.safetensors"))
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict, dict]:
+    """Weights, moments and the rest of the state, on the CPU."""
+    weights = load_file(path / "model.safetensors")
     moments = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(moments)
-    return json.loads((path / "state.json").read_text())
+    return weights, moments, json.loads((path / "state.json").read_text())

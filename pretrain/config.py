@@ -197,6 +197,7 @@ class PretrainConfig:
     max_failed_share: clips that may fail to decode before the run stops.
     text_cache_size: captions whose embeddings stay in memory.
     precision: fp32 or bf16 (autocast; the loss is always fp32).
+    sharded: processes split the weights, gradients and moments (FSDP) instead of copying them.
     device: auto or cpu. seed: of everything.
     log_every, eval_every, checkpoint_every: in updates; 0 for only at the end.
     keep_checkpoints: how many of the latest stay.
@@ -218,6 +219,7 @@ class PretrainConfig:
     max_failed_share: float = 0.01
     text_cache_size: int = 100_000
     precision: Literal["fp32", "bf16"] = "fp32"
+    sharded: bool = False
     device: Literal["auto", "cpu"] = "auto"
     seed: int = 42
     log_every: int = 50

@@ -9,6 +9,7 @@ on to the very same weights.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -29,7 +30,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from backbone import lift_siglip
+from backbone import StreamformerModel, lift_siglip
 from backbone.files import write_json, write_text
 from pretrain.alignment import gather_ranks
 from pretrain.build import build_dataset, build_objective
@@ -42,6 +43,13 @@ from pretrain.evaluation import evaluate
 from pretrain.model import MultitaskModel, freeze
 from pretrain.objectives import Objective
 from pretrain.optim import learning_rate, parameter_groups
+from pretrain.parallel import (
+    load_whole,
+    make_accelerator,
+    whole_moments,
+    whole_weights,
+    widen_scalars,
+)
 from pretrain.sampling import RoundSampler
 from pretrain.text import load_siglip_text
 
@@ -84,8 +92,11 @@ def train(config: PretrainConfig, *, progress: bool = True) -> Path:
     if _finished(config, output):
         logger.info("%s is trained already", output)
         return output
-    accelerator = Accelerator(
-        cpu=config.device == "cpu", log_with=list(config.trackers) or None, project_dir=output
+    accelerator = make_accelerator(
+        cpu=config.device == "cpu",
+        sharded=config.sharded,
+        trackers=config.trackers,
+        folder=output,
     )
     if config.trackers:
         accelerator.init_trackers("pretrain")
@@ -95,9 +106,7 @@ def train(config: PretrainConfig, *, progress: bool = True) -> Path:
         write_json(output / CONFIG_FILE, config.to_dict())
     with _sigterm() as stopped:
         run.fit(progress and accelerator.is_main_process, stopped)
-    if accelerator.is_main_process:
-        run.finish()
-    accelerator.wait_for_everyone()
+    run.finish()
     if config.trackers:
         accelerator.end_training()
     return output
@@ -125,17 +134,21 @@ class _Run:
         )
         freeze(backbone, config.model.freeze)
         if config.model.gradient_checkpointing:
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            _recompute_layers(backbone)
         self._read_data(config.image_size or backbone.config.image_size)
-        model = MultitaskModel(
-            backbone,
-            self.objectives,
-            tower,
+        assemble = partial(
+            MultitaskModel,
+            objectives=self.objectives,
+            tower=tower,
             log_scale=log_scale,
             bias=bias,
             shared_scale=config.model.shared_scale,
             bf16=config.precision == "bf16",
         )
+        if accelerator.is_fsdp2:
+            self.whole = assemble(copy.deepcopy(backbone))
+            widen_scalars(backbone)
+        model = assemble(backbone)
         optimizer = torch.optim.AdamW(
             parameter_groups(
                 model.named_parameters(), config.optim.weight_decay, config.optim.decay
@@ -146,7 +159,8 @@ class _Run:
             fused=True,
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.core = accelerator.unwrap_model(self.model)
+        if not accelerator.is_fsdp2:
+            self.whole = accelerator.unwrap_model(self.model)
         self.sampler = RoundSampler(
             {name: len(dataset) for name, dataset in self.datasets.items()},
             {name: task.batch_size or config.batch_size for name, task in config.tasks.items()},
@@ -207,6 +221,7 @@ class _Run:
                     self._record({"update": done, **window.close()})
                 if config.eval_every and done % config.eval_every == 0 and done < total:
                     begun = time.perf_counter()
+                    self._gather()
                     if self.accelerator.is_main_process:
                         self._record({"update": done, "zero_shot": self.zero_shot()})
                     self.accelerator.wait_for_everyone()
@@ -287,6 +302,8 @@ class _Run:
     # -- state ------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        weights = whole_weights(self.model)
+        moments = whole_moments(self.model, self.optimizer)
         if self.accelerator.is_main_process:
             state = {
                 "update": self.sampler.round,
@@ -294,20 +311,16 @@ class _Run:
                 "failures": self.ledger.state_dict(),
                 "log": self.log,
             }
-            save_checkpoint(
-                self.output / "checkpoints",
-                self.core,
-                self.optimizer,
-                state,
-                self.config.keep_checkpoints,
-            )
+            folder, keep = self.output / "checkpoints", self.config.keep_checkpoints
+            save_checkpoint(folder, weights, moments, state, keep)
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
         found = list_checkpoints(self.output / "checkpoints")
         if not found:
             return
-        state = load_checkpoint(found[-1], self.core, self.optimizer)
+        weights, moments, state = load_checkpoint(found[-1])
+        load_whole(self.model, self.optimizer, weights, moments)
         self.sampler.load_state_dict(state["sampler"])
         self.ledger.load_state_dict(state["failures"])
         self.log = state["log"]
@@ -323,30 +336,47 @@ class _Run:
 
     # -- results ----------------------------------------------------------------------------------
 
+    def _gather(self) -> None:
+        """Bring ``self.whole`` of the main process up to date; all processes take part."""
+        if not self.accelerator.is_fsdp2:
+            return  # every process trains a whole model
+        weights = whole_weights(self.model)
+        if self.accelerator.is_main_process:
+            own = self.whole.state_dict()
+            self.whole.load_state_dict({k: v.view_as(own[k]) for k, v in weights.items()})
+
     def zero_shot(self) -> dict[str, dict[str, float]]:
         """Metrics of all tasks with validation data; one process measures, the others wait."""
-        self.core.eval()
+        self.whole.to(self.accelerator.device).eval()
         results = {}
         for name, dataset in self.validation.items():
             results[name] = evaluate(
-                self.core.encode,
+                self.whole.encode,
                 dataset,
                 self.objectives[name],
-                self.core.tower,
+                self.whole.tower,
                 num_frames=self.config.model.num_frames,
                 batch_size=self.config.tasks[name].batch_size or self.config.batch_size,
                 # Videos kept in memory are kept here, for the next time.
                 num_workers=0 if self.config.cache_in_memory else self.config.num_workers,
                 device=self.accelerator.device,
             )
-        self.core.train()
+        self.whole.train()
+        if self.accelerator.is_fsdp2:
+            self.whole.cpu()  # it is of use here only
         return results
 
     def finish(self) -> None:
         """Write model, alignment, card and metrics; the metrics last, they mark a whole folder."""
+        self._gather()
+        if self.accelerator.is_main_process:
+            self._write()
+        self.accelerator.wait_for_everyone()
+
+    def _write(self) -> None:
         part = self.output / ".model.part"
         shutil.rmtree(part, ignore_errors=True)
-        self.core.backbone.save_pretrained(part)
+        self.whole.backbone.save_pretrained(part)
         for file in part.iterdir():
             os.replace(file, self.output / file.name)
         part.rmdir()
@@ -354,8 +384,8 @@ class _Run:
             self.output / "alignment.json",
             {
                 "tasks": list(self.objectives),
-                "log_scale": self.core.log_scale.tolist(),
-                "bias": self.core.bias.tolist(),
+                "log_scale": self.whole.log_scale.tolist(),
+                "bias": self.whole.bias.tolist(),
             },
         )
         sizes = {name: len(dataset) for name, dataset in self.datasets.items()}
@@ -380,6 +410,13 @@ class _Run:
                 },
             },
         )
+
+
+def _recompute_layers(backbone: StreamformerModel) -> None:
+    """Keep no activations inside layers; the backward pass computes them again."""
+    old = backbone.gradient_checkpointing_enable  # its name before transformers 5.23
+    enable = getattr(backbone, "activation_checkpointing_enable", old)
+    enable({"use_reentrant": False})
 
 
 class _Mixture(Dataset):
@@ -501,6 +538,8 @@ def _finished(config: PretrainConfig, output: Path) -> bool:
     if not saved.is_file():
         return False
     before, now = json.loads(saved.read_text()), json.loads(json.dumps(config.to_dict()))
+    with contextlib.suppress(ValueError):  # keys that are new since then had their defaults
+        before = json.loads(json.dumps(PretrainConfig.from_dict(before).to_dict()))
     before, now = _flat(before), _flat(now)
     differing = sorted(
         key

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from backbone import FrameFeatures
-from pretrain.alignment import Reduction, alignment_loss, softmax_loss
+from pretrain.alignment import Reduction, alignment_loss, rank_share, softmax_loss
 from pretrain.datasets import Batch
 from pretrain.text import TextTower, resolve_templates
 
@@ -62,7 +62,8 @@ class AlignedPixels:
             self.mask,
             normalize_text=self.normalize_text,
         )
-        return (losses * self.decoded).sum() / self.decoded.sum().clamp_min(1) + 0.0 * bias
+        decoded = rank_share(self.decoded.sum().float())
+        return (losses * self.decoded).sum() / decoded + 0.0 * bias
 
 
 class Metric(Protocol):
