@@ -127,7 +127,8 @@ class VideoDataset(Dataset):
     ) -> None:
         if not annotations.entries:
             raise ValueError("the data set has no entries; check the annotation file and the split")
-        if reader.augment.kind == "strong" and any(e.masks is not None for e in annotations.entries):
+        masked = any(entry.masks is not None for entry in annotations.entries)
+        if masked and reader.augment.kind == "strong":
             raise ValueError(
                 "augmentation='strong' would leave the masks of these annotations behind; use "
                 "'things' or 'crop'"

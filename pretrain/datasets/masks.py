@@ -144,13 +144,14 @@ def fit(mask: np.ndarray, size: tuple[int, int], source: str) -> np.ndarray:
     """A mask (h, w) at the size (H, W) of its frame, each pixel the nearest.
 
     Frames may have been resized since they were annotated, so sizes may differ, but not shapes:
-    raises ClipError where a side is more than a pixel off. A mask of one pixel fits everything.
+    raises ClipError where a side is more than a pixel off, one of the coarser of the two. A mask of
+    one pixel fits everything.
     """
     if mask.shape == size or mask.size == 1:
         return np.broadcast_to(mask, size)
-    short, long = sorted(mask.shape)
-    expected = max(size) if (mask.shape[0] > mask.shape[1]) == (size[0] > size[1]) else 0
-    if abs(long * min(size) / short - expected) > 1 + max(size) / long:
+    scale = min(size) / min(mask.shape)
+    sides = zip(size, mask.shape, strict=True)
+    if any(abs(old * scale - new) > max(scale, 1) for new, old in sides):
         raise ClipError(
             f"{source}: masks of {mask.shape[1]} x {mask.shape[0]} pixels do not fit frames of "
             f"{size[1]} x {size[0]}"
