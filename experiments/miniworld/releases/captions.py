@@ -125,10 +125,11 @@ def write_activitynet_captions(source: Source, home: Path, rows: dict[str, Rows]
             name, told = activitynet_id(video), moments(video)
             place(video, home / "videos" / f"{name}.mp4")
             sentences = [sentence(moment.text) for moment in told]
+            # Most of the published sentences begin with a space.
             content[name] = {
                 "duration": video.duration,
                 "timestamps": [[moment.start, moment.end] for moment in told],
-                "sentences": [sentences[0], *(f" {text}" for text in sentences[1:])],
+                "sentences": [*sentences[:1], *(f" {text}" for text in sentences[1:])],
             }
             _row(rows[split], name, [" ".join(sentences)], "ActivityNet")
         path = home / f"{official}.json"

@@ -30,6 +30,13 @@ LOOKS = [
 # COCO's numbers have gaps.
 SPARSE = {shape: 2 * number + (number > 3) for shape, number in CATEGORIES.items()}
 
+_COMMON = {
+    "objective": "instance_segmentation",
+    "sampling": "padded_blocks",
+    "augmentation": "crop",
+    "templates": "plain",
+}
+
 
 def write_instances(source: Source, home: Path) -> dict[str, dict]:
     """The three data sets; the released layout is their own, with a label2id.json beside."""
@@ -105,14 +112,6 @@ def _write_videos(
             "name": name,
         }
     return {**_COMMON, "reader": "youtube_vis", **arguments}
-
-
-_COMMON = {
-    "objective": "instance_segmentation",
-    "sampling": "padded_blocks",
-    "augmentation": "crop",
-    "templates": "plain",
-}
 
 
 def picture(video: Video) -> tuple[int, np.ndarray]:

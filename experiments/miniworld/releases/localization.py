@@ -15,6 +15,7 @@ from experiments.miniworld.writers import write_csv, write_json
 
 SUBSETS = ("training", "validation")
 CLIP = 2.0  # seconds of a clip of HACS Clips
+_COMMON = {"objective": "localization", "sampling": "spread", "augmentation": "crop"}
 
 
 def write_localization(source: Source, home: Path) -> dict[str, dict]:
@@ -64,9 +65,6 @@ def write_localization(source: Source, home: Path) -> dict[str, dict]:
             "annotations": str(table), "labels": str(label2id), "root": roots
         }  # fmt: skip
     return {"released/localization": {**_COMMON, "reader": "localization", **released}, **tasks}
-
-
-_COMMON = {"objective": "localization", "sampling": "spread", "augmentation": "crop"}
 
 
 def activitynet_video(video: Video) -> tuple[str, str, dict]:

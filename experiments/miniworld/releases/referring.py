@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from experiments.miniworld.lists import REFERRING
+from experiments.miniworld.lists import CATEGORIES, REFERRING
 from experiments.miniworld.releases.instances import STEP, compressed, picture, polygons
 from experiments.miniworld.releases.source import (
     JPEG_QUALITY,
@@ -29,13 +30,17 @@ def write_referring(source: Source, home: Path) -> dict[str, dict]:
     return {
         **write_mevis(source, home / "MEVIS"),
         **write_refer_youtube_vos(source, home / "ReferYoutubeVOS"),
-        "released/refer_coco": write_refer_coco(source, home / "ReferCOCOPseudo"),
+        **write_refer_coco(source, home / "ReferCOCOPseudo"),
     }
 
 
-def _task(reader: str, arguments: dict[str, dict], sampling: str = "padded_blocks") -> dict:
-    common = {"objective": "referring_segmentation", "augmentation": "crop"}
-    return {**common, "sampling": sampling, "reader": reader, **arguments}
+def _task(reader: str, arguments: dict[str, dict]) -> dict:
+    common = {
+        "objective": "referring_segmentation",
+        "sampling": "padded_blocks",
+        "augmentation": "crop",
+    }
+    return {**common, "reader": reader, **arguments}
 
 
 def write_mevis(source: Source, home: Path) -> dict[str, dict]:
@@ -141,40 +146,81 @@ def _write_palette(video: Video, folder: Path, stems: list[str]) -> None:
         image.save(folder / f"{stem}.png")
 
 
-def write_refer_coco(source: Source, home: Path) -> dict:
-    """{train,val}_ReferCOCOPseudo.json: image i goes with annotation i; <split>2014/<number>.jpg.
+def write_refer_coco(source: Source, home: Path) -> dict[str, dict]:
+    """Published: refs(unc).p, a pickle of who is meant, and COCO's instances.json.
 
-    An image comes once per expression; its file_name is COCO's of 2014, of which the part behind
-    the last "_" is the file.
+    Released: <split>_ReferCOCOPseudo.json, where image i goes with annotation i and comes once per
+    expression. All images are COCO's of 2014, train2014/COCO_train2014_<number>.jpg in their
+    file_name and <number>.jpg on disk, as since 2017.
     """
-    home.mkdir(parents=True)
-    arguments = {}
+    root = home / "train2014"
+    root.mkdir(parents=True)
+    released, references, images, things = {}, [], [], []
     for split in SPLITS:
-        root = home / f"{split}2014"
-        root.mkdir()
-        images, annotations = [], []
-        for place_, video in enumerate(source.clips[split]):
-            file = f"{9 + 16 * place_:012d}.jpg"
-            frame, image = picture(video)
-            write_still(root / file, image, JPEG_QUALITY)
-            for expression in video.record["expressions"]:
-                thing, *others = expression["objects"]
-                annotation = video.annotations[thing]
-                rle = annotation["segmentations"][frame]
-                if others or rle is None or "that" in expression["text"]:
-                    continue  # a still does not show who moves
-                number = len(images)
-                images.append({
-                    "id": number, "file_name": f"COCO_{root.name}_{file}",
-                    "height": image.shape[0], "width": image.shape[1],
-                    "caption": expression["text"],
+        shown, meant = [], []
+        for video in source.clips[split]:
+            frame, still = picture(video)
+            file = f"{9 + 16 * len(images):012d}.jpg"
+            write_still(root / file, still, JPEG_QUALITY)
+            image = {
+                "id": 9 + 16 * len(images), "file_name": f"COCO_train2014_{file}",
+                "height": still.shape[0], "width": still.shape[1],
+            }  # fmt: skip
+            images.append(image)
+            for number, annotation in enumerate(video.annotations):
+                texts = _said_of(video, number)
+                if annotation["segmentations"][frame] is None or not texts:
+                    continue
+                thing = {
+                    "id": 5000 + 3 * len(things), "image_id": image["id"], "iscrowd": 0,
+                    "category_id": annotation["category_id"],
+                    "segmentation": polygons(annotation["segmentations"][frame]),
+                    "bbox": annotation["bboxes"][frame], "area": annotation["areas"][frame],
+                }  # fmt: skip
+                things.append(thing)
+                references.append({
+                    "ref_id": len(references), "ann_id": thing["id"], "image_id": image["id"],
+                    "category_id": thing["category_id"], "split": split,
+                    "file_name": f"{image['file_name'].removesuffix('.jpg')}_{number}.jpg",
+                    "sentences": [
+                        {"sent_id": 10 * len(references) + i, "sent": text, "raw": text,
+                         "tokens": text.split()}
+                        for i, text in enumerate(texts)
+                    ],
                 })  # fmt: skip
-                annotations.append({
-                    "id": number, "image_id": number, "iscrowd": 0, "category_id": 1,
-                    "segmentation": polygons(rle), "bbox": annotation["bboxes"][frame],
-                    "area": annotation["areas"][frame],
-                })  # fmt: skip
+                for text in texts:
+                    place = {"id": len(shown), "image_id": len(shown)}
+                    shown.append({**image, "id": len(shown), "caption": text})
+                    meant.append({**thing, **place})
         path = home / f"{split}_ReferCOCOPseudo.json"
-        write_json(path, {"images": images, "annotations": annotations, "categories": []})
-        arguments[split] = {"annotations": str(path), "root": str(root)}
-    return _task("refer_coco", arguments)
+        write_json(path, {"images": shown, "annotations": meant, "categories": []})
+        released[split] = {"annotations": str(path), "root": str(root)}
+    categories = [{"id": number, "name": shape} for shape, number in CATEGORIES.items()]
+    write_json(
+        home / "instances.json",
+        {"images": images, "annotations": things, "categories": categories},
+    )
+    (home / "refs(unc).p").write_bytes(pickle.dumps(references, protocol=2))
+    public = {
+        split: {
+            "annotations": str(home / "refs(unc).p"),
+            "instances": str(home / "instances.json"),
+            "root": str(root),
+            "split": split,
+            "pattern": "{file}",
+        }
+        for split in SPLITS
+    }
+    return {
+        "released/refer_coco": _task("refer_coco", released),
+        "public/refer_coco": _task("refer_coco_official", public),
+    }
+
+
+def _said_of(video: Video, number: int) -> list[str]:
+    """Expressions that mean one object alone, without those by motion, which no still shows."""
+    return [
+        expression["text"]
+        for expression in video.record["expressions"]
+        if expression["objects"] == [number] and " that " not in expression["text"]
+    ]
