@@ -7,9 +7,7 @@
             show; stills turn by up to 15 degrees from frame to frame
 
 All but "strong" take masks along with the frames.
-RandAugment stands in for timm's ``rand-m7-n4-mstd0.5-inc1``: four operations of magnitude 7 out of
-10, each applied with probability 0.5, drawn from torchvision's set. A horizontal flip is asked for
-by name, and never belongs to labels that tell left from right.
+A horizontal flip is asked for by name, and never belongs to labels that tell left from right.
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from pretrain.datasets.masks import IGNORE
+from pretrain.datasets.randaugment import rand_augment
 
 KINDS = ("none", "crop", "strong", "things")
 TURN, SHIFT = 15.0, 0.1  # degrees, and share of a side, by which stills turn and centres move
@@ -160,7 +159,6 @@ def _training(kind: str, flip: bool, size: int) -> Callable[[Tensor], Tensor]:
     elif kind == "crop":
         steps = [v2.Lambda(lambda x: resize_short_side(x, size)), v2.RandomCrop(size)]
     else:
-        operation = v2.RandAugment(1, 7, 11, v2.InterpolationMode.BILINEAR, fill=128)
-        steps = [v2.RandomApply([operation], 0.5) for _ in range(4)]
-        steps += [v2.RandomResizedCrop(size, scale=(0.08, 1.0), antialias=True)]
+        crop = v2.RandomResizedCrop(size, scale=(0.08, 1.0), antialias=True)
+        steps = [v2.Lambda(rand_augment), crop]
     return v2.Compose(steps + mirror)
