@@ -1,11 +1,14 @@
 """Frame sampling: parity with the released rules at their lowest and highest draws, and bounds."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pretrain.datasets import Segment
+from pretrain.datasets import Entry, Segment
+from pretrain.datasets.captions import TRIMMED
+from pretrain.datasets.decode import span
 from pretrain.datasets.frames import RULES, VIEWS, choose
 from pretrain.datasets.localization import frame_labels
 
@@ -50,6 +53,15 @@ def test_retrieval_rule_equals_the_released_one(golden):
         else:
             assert RULES["intervals"](*arguments, Extreme(False), 1).tolist() == case["train_lo"]
             assert RULES["intervals"](*arguments, Extreme(True), 1).tolist() == case["train_hi"]
+
+
+@pytest.mark.golden
+def test_the_first_thirty_seconds_of_didemo_are_the_released_ones(golden):
+    for case in released(golden, "retrieval_trim_30s"):
+        entry = Entry(Path("v"), end=TRIMMED.get(case["dataset"]))
+        first, last = span(entry, case["n_frames"], case["fps"])
+        drawn = RULES["intervals"](last - first, case["clip_len"], Extreme(True), 1)
+        assert (first + drawn).tolist() == case["train_hi"]
 
 
 @pytest.mark.golden
