@@ -72,6 +72,10 @@ class HeadConfig:
                 f"of num_heads={self.num_heads}"
             )
 
+    def to_dict(self) -> dict[str, int]:
+        """Plain values."""
+        return asdict(self)
+
     def mask2former(self) -> Mask2FormerConfig:
         """The same sizes in transformers' words."""
         return Mask2FormerConfig(
