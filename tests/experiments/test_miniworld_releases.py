@@ -54,7 +54,7 @@ class Truth:
     def __init__(self, world: Path) -> None:
         from backbone.video import open_video
 
-        self.records, self.frames, self.masks = {}, {}, {}
+        self.records, self.frames, self.masks, self.found = {}, {}, {}, {}
         for home in (world / "clips", world / "streams"):
             for line in (home / "index.jsonl").read_text().splitlines():
                 record = json.loads(line)
@@ -74,6 +74,8 @@ class Truth:
         Not exact: pictures that went through JPEG.
         """
         images = frames.permute(0, 2, 3, 1).numpy().astype(int)
+        if (images.tobytes(), exact) in self.found:
+            return self.found[images.tobytes(), exact]
         best = None
         for name, known in self.frames.items():
             for first in range(len(known) - len(images) + 1):
@@ -85,6 +87,7 @@ class Truth:
                     best = gap, name, first
         assert best is not None, "no video of the world looks like this"
         assert best[0] <= (0 if exact else 3), f"{best[1]} is nearest, but differs by {best[0]}"
+        self.found[images.tobytes(), exact] = self.records[best[1]], best[2]
         return self.records[best[1]], best[2]
 
 
