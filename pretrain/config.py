@@ -33,7 +33,7 @@ class TaskConfig:
     weight: of its loss in an update. Weights are divided by their sum.
     batch_size: clips per update and process; None takes the run's.
     sampling, stride: which frames make a clip (`datasets.frames`).
-    augmentation: none, crop or strong (`datasets.augment`).
+    augmentation: none, crop, strong or, with masks, things (`datasets.augment`).
     flip: mirror clips half of the time; never for directional labels.
     directional: labels tell left from right, so ``flip`` is refused.
     templates: prompts around labels: "video", "plain" or a list of one's own.
