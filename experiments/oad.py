@@ -212,7 +212,7 @@ def prepare(config: Mapping[str, Any], labels: Mapping[str, str], folder: Path) 
         return Source(
             title=data["dataset"],
             root=root,
-            videos=_find_videos(data, root),
+            videos=find_videos(data, root),
             encoders=released_encoders(labels, []),
             details={},
         )
@@ -225,7 +225,7 @@ def prepare(config: Mapping[str, Any], labels: Mapping[str, str], folder: Path) 
     return Source(
         title="miniworld",
         root=root,
-        videos=_find_videos(data, root),
+        videos=find_videos(data, root),
         encoders=encoders,
         details={"world": world_key(params), "probe": probe},
     )
@@ -394,7 +394,7 @@ def _details(
     outcomes: Mapping[str, Mapping[int, Mapping[str, Any]]],
 ) -> dict[str, Any]:
     one = next(iter(next(iter(outcomes.values())).values()))
-    sets = _read_sets(config["data"], source.root)
+    sets = read_sets(config["data"], source.root)
     return {
         "chance": one["chance"],
         "titles": {
@@ -421,7 +421,7 @@ def _sets(data: Mapping[str, Any]) -> list[str]:
     return [data["train_set"], *data["val_sets"], *data["test_sets"]]
 
 
-def _read_sets(data: Mapping[str, Any], root: Path) -> dict[str, list[str]]:
+def read_sets(data: Mapping[str, Any], root: Path) -> dict[str, list[str]]:
     """Names of the videos of every set that the config uses; sets without name are refused."""
     from integrations.oad.data import DataError, read_data_info
 
@@ -439,15 +439,22 @@ def _read_sets(data: Mapping[str, Any], root: Path) -> dict[str, list[str]]:
     return {key: info[key] for key in _sets(data)}
 
 
+def class_count(data: Mapping[str, Any], root: Path) -> int:
+    """Columns of the targets: the classes with the background."""
+    from integrations.oad.data import read_data_info
+
+    return len(read_data_info(root, data["dataset"])["class_names"])
+
+
 def _names(sets: Mapping[str, Sequence[str]]) -> list[str]:
     return sorted({name for names in sets.values() for name in names})
 
 
-def _find_videos(data: Mapping[str, Any], root: Path) -> dict[str, Path]:
+def find_videos(data: Mapping[str, Any], root: Path) -> dict[str, Path]:
     """Files of the videos that the config uses, by name, as far as they are there."""
     from integrations.oad.features import VIDEO_SUFFIXES
 
-    wanted = set(_names(_read_sets(data, root)))
+    wanted = set(_names(read_sets(data, root)))
     files = (root / (data["videos"] or "videos")).rglob("*")
     found = {path.stem: path for path in files if path.suffix.lower() in VIDEO_SUFFIXES}
     return {name: found[name] for name in sorted(wanted & found.keys())}
@@ -468,11 +475,11 @@ def _check_data(data: Mapping[str, Any], with_videos: bool) -> tuple[list[str], 
     if not root.is_dir():
         return [f"data.root: there is no folder {root}"], 0
     try:
-        names = _names(_read_sets(data, root))
+        names = _names(read_sets(data, root))
     except UserError as error:
         return [str(error)], 0
     problems = []
-    found = _find_videos(data, root)
+    found = find_videos(data, root)
     lacking = [name for name in names if name not in found]
     if lacking and with_videos:
         folder = root / (data["videos"] or "videos")

@@ -184,6 +184,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         _plot_losses(axes[0], report["losses"])
         for place, name in zip(axes[1:], tasks, strict=False):
             _plot_curve(place, report, name, _main_metric(report, name))
+        axes[1].legend(frameon=False, fontsize=8, loc="best")
         for place in axes[panels:]:
             place.set_visible(False)
 
@@ -206,7 +207,9 @@ def _plot_losses(axes: Any, losses: Sequence[Mapping[str, float]]) -> None:
     axes.set_xlabel("updates")
     axes.grid(color=FAINT, linewidth=0.6)
     if names:
-        axes.legend(frameon=False, fontsize=8)
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(bottom, top * (top / bottom) ** 0.35)  # room for the names
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
 
 
 def _plot_curve(axes: Any, report: Mapping[str, Any], name: str, metric: str) -> None:
@@ -233,7 +236,6 @@ def _plot_curve(axes: Any, report: Mapping[str, Any], name: str, metric: str) ->
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.15 * max(*values, *measured.values(), level or 0, 1e-6))
     axes.grid(color=FAINT, linewidth=0.6)
-    axes.legend(frameon=False, fontsize=8, loc="best")
 
 
 def _dot(values: Sequence[float]) -> str | None:

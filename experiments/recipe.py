@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,19 +100,23 @@ def training(
     return PretrainConfig.from_dict({**values, **changes})
 
 
-def prepare(config: Mapping[str, Any], folder: Path) -> Source:
-    """Find the data that the config names, or render the world and train the mini SigLIP.
-
-    Raises:
-        UserError: the config names no data and none are rendered.
-    """
-    data, siglip = config["data"], config["model"].get("siglip")
-    if data["root"] is not None:
-        return Source(Path(data["root"]).name, Path(data["root"]), siglip)
+def find_data(config: Mapping[str, Any], folder: Path) -> Source:
+    """The data that the config names, or the world rendered for it; its SigLIP as far as named."""
+    root, siglip = config["data"]["root"], config["model"].get("siglip")
+    if root is not None:
+        return Source(Path(root).name, Path(root), siglip or UNKNOWN_SIGLIP)
     from experiments.miniworld import WorldParams, render_world
 
     world = render_world(folder / "miniworld", WorldParams(**config["world"]))
-    return Source("miniworld", world / "clips", siglip or mini_siglip(config, folder, world), world)
+    return Source("miniworld", world / "clips", siglip or UNKNOWN_SIGLIP, world)
+
+
+def prepare(config: Mapping[str, Any], folder: Path) -> Source:
+    """Find or render the data, and train the mini SigLIP where the config names none."""
+    source = find_data(config, folder)
+    if source.siglip != UNKNOWN_SIGLIP:
+        return source
+    return replace(source, siglip=mini_siglip(config, folder, source.world))
 
 
 def mini_siglip(config: Mapping[str, Any], folder: Path, world: Path) -> str:
@@ -126,23 +130,29 @@ def mini_siglip(config: Mapping[str, Any], folder: Path, world: Path) -> str:
 
 
 def problems(config: Mapping[str, Any]) -> list[str]:
-    """What a config lacks before anything can be read or trained, as sentences."""
-    data, found = config["data"], []
-    if data["root"] is None and "world" not in config:
-        found.append(
-            "data.root is None, and the data of this config are not rendered: say where they lie, "
-            "--set data.root=FOLDER"
-        )
-    elif data["root"] is not None and not Path(data["root"]).is_dir():
-        found.append(f"data.root: there is no folder {data['root']}")
-    elif data["root"] is not None:
-        found += _absent(config["tasks"], Path(data["root"]))
-    if data["root"] is not None and not config["model"].get("siglip"):
+    """What a config lacks before anything can be trained or measured, as sentences."""
+    found, root = data_problems(config), config["data"]["root"]
+    if root is not None and not found:
+        found += _absent(config["tasks"], Path(root))
+    if root is not None and not config["model"].get("siglip"):
         found.append(
             "model.siglip is None: name the SigLIP model that is lifted, such as "
             "--set model.siglip=google/siglip-base-patch16-224"
         )
     return found
+
+
+def data_problems(config: Mapping[str, Any]) -> list[str]:
+    """Whether the config says where its data lie, and they lie there."""
+    root = config["data"]["root"]
+    if root is None and "world" not in config:
+        return [
+            "data.root is None, and the data of this config are not rendered: say where they lie, "
+            "--set data.root=FOLDER"
+        ]
+    if root is not None and not Path(root).is_dir():
+        return [f"data.root: there is no folder {root}"]
+    return []
 
 
 def _absent(value: Any, root: Path, where: str = "tasks") -> list[str]:

@@ -150,15 +150,21 @@ def write_report(
 
 def to_text(report: Mapping[str, Any]) -> str:
     """The main table for a terminal, columns aligned."""
-    header, *rows = _table(report)
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    header, *rows = aligned(_table(report))
+    rule = "-" * len(header)
+    return "\n".join([report["title"], rule, header, rule, *rows, rule])
 
-    def line(cells: Sequence[str]) -> str:
-        first, *others = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        return "  ".join([first, *(cell.strip().rjust(len(cell)) for cell in others)])
 
-    rule = "-" * len(line(header))
-    return "\n".join([report["title"], rule, line(header), rule, *map(line, rows), rule])
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line per row, the first column to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
@@ -453,6 +459,7 @@ def _plot_metrics(axes: Any, report: Mapping[str, Any]) -> None:
                 xytext=(0, 7),
                 textcoords="offset points",
                 ha="center",
+                rotation=90 if len(metrics) > 4 else 0,  # of narrow bars
                 fontweight="bold",
             )
     for group, name in enumerate(names):

@@ -23,6 +23,15 @@ if not __package__:  # run as a script, installed or not: the clone's packages c
 
 VERBS = {  # verb -> (module, what it does)
     "oad": ("experiments.oad", "compare frozen encoders on online action detection"),
+    "pretrain": ("experiments.pretrain", "align an encoder with text over all tasks of a config"),
+    "zero-shot": ("experiments.zero_shot", "measure any encoder against texts, without training"),
+    "ablation": ("experiments.ablation", "pretrain on parts of the tasks and compare downstream"),
+    "data-efficiency": (
+        "experiments.data_efficiency",
+        "compare contrastive with multitask pretraining over shares of the data",
+    ),
+    "check-data": ("experiments.check_data", "find missing and broken data before a run does"),
+    "align": ("experiments.align", "say which text fits a video, each frame and each patch"),
     "detect": ("experiments.detect", "watch a video file or a camera and say what happens, live"),
     "extract": ("experiments.extract", "write an encoder's features for every video of a folder"),
     "env": ("experiments.environment", "print versions and machine, for an issue report"),
@@ -36,6 +45,7 @@ verbs:
 start here:
   python experiments/run.py oad                      the whole comparison on rendered videos
   python experiments/run.py oad --config thumos14    the same on THUMOS'14, paths in the config
+  python experiments/run.py pretrain                 a mini StreamFormer from rendered clips
   python experiments/run.py detect video.mp4         what the last comparison's best head sees
   python experiments/run.py VERB --help              options and more examples
 """

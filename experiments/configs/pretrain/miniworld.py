@@ -52,6 +52,28 @@ def _captioned(split):
     return {"index": "{root}/index.jsonl", "root": _videos, "split": split}
 
 
+def _asked(split):
+    return {"annotations": f"{{root}}/grounding/{split}.csv", "root": _videos}
+
+
+def _masked(split):
+    return {
+        "annotations": f"{{root}}/instances_{split}.json",
+        "labels": "{root}/instances_label2id.json",
+        "name": "MINIWORLD",
+        "root": _videos,
+        "pattern": "{id}.mp4",
+    }
+
+
+def _meant(split):
+    return {
+        "annotations": f"{{root}}/referring/{split}.csv",
+        "masks": f"{{root}}/referring/masks_{split}.json",
+        "root": _videos,
+    }
+
+
 tasks = {
     "localization": {
         "objective": "localization",
@@ -77,6 +99,34 @@ tasks = {
         "weight": 0.25,
         "train": _captioned("train"),
         "val": _captioned("val"),
+        **_common,
+    },
+    "grounding": {
+        "objective": "grounding",
+        "reader": "grounding",
+        "batch_size": 1,
+        "weight": 0.25,
+        "train": _asked("train"),
+        "val": _asked("val"),
+        **_common,
+    },
+    "instances": {
+        "objective": "instance_segmentation",
+        "reader": "youtube_vis",
+        "batch_size": 1,
+        "weight": 0.25,
+        "train": _masked("train"),
+        "val": _masked("val"),
+        **_common,
+        "templates": ["a {}"],
+    },
+    "referring": {
+        "objective": "referring_segmentation",
+        "reader": "mevis",
+        "batch_size": 1,
+        "weight": 0.25,
+        "train": _meant("train"),
+        "val": _meant("val"),
         **_common,
     },
 }
