@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 
 from backbone.video import VideoWriter
+from pretrain import PretrainConfig
 
 SIZE, FPS = 32, 8
 DIRECTIONS = {"move left": (0, -1), "move right": (0, 1), "move up": (-1, 0), "move down": (1, 0)}
@@ -136,4 +137,108 @@ def tasks(world) -> dict[str, dict]:
         },
         "captions": common
         | {"objective": "retrieval", "reader": "index", "train": index, "val": index},
+    }
+
+
+@pytest.fixture
+def config(siglip, tasks, tmp_path):
+    """Config of a small run, changed by keyword: ``model__window=4`` is ``model.window``."""
+
+    def make(updates=6, **changes):
+        values = {
+            "output": str(tmp_path / "run"),
+            "tasks": tasks,
+            "model": {"siglip": str(siglip), "num_frames": 8},
+            "optim": {"updates": updates, "lr": 1e-3},
+            "batch_size": 4,
+            "cache_in_memory": True,
+            "checkpoint_every": 2,
+            "log_every": 1,
+            "device": "cpu",
+        }
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            values[section] = values[section] | {name: value} if name else value
+        return PretrainConfig.from_dict(values)
+
+    return make
+
+
+def run_lengths(mask: np.ndarray) -> dict:
+    """COCO's uncompressed run lengths of a mask (H, W) bool: column by column, zeros first."""
+    flat = mask.T.ravel()
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+    return {"size": list(mask.shape), "counts": ([0] if flat[0] else []) + counts}
+
+
+@pytest.fixture(scope="session")
+def six_tasks(tmp_path_factory) -> dict[str, dict]:
+    """Task sections for all six objectives over eight videos, every other one of five frames only.
+
+    Clips of eight frames then differ in how many frames, pairs and pixels count.
+    """
+    root = tmp_path_factory.mktemp("six")
+    (root / "masks").mkdir()
+    labels, moments = list(DIRECTIONS), []
+    rows, queries, index, expressions, videos, things = [], [], [], [], [], []
+    for i in range(8):
+        label, name, frames = labels[i % 4], f"clip_{i}", 20 if i % 2 else 5
+        images = square_moving(DIRECTIONS[label], frames, i)
+        with VideoWriter(root / f"{name}.mp4", FPS, (SIZE, SIZE)) as writer:
+            for image in images:
+                writer.write(image)
+        masks = [run_lengths(image) for image in (images == 220).all(-1)]
+        (root / f"masks/{i}.json").write_text(json.dumps(masks))
+        sentence, end = f"a square going {label}", frames / FPS / 2
+        rows.append((f"{name}.mp4", label))
+        moments.append((name, 0.0, end, label, f"[[0.0, {end}]]", "TINY"))
+        queries.append((name, end / 2, end, sentence, f"[[{end / 2}, {end}]]", "QVHighlights"))
+        index.append({"id": name, "split": "train", "captions": [sentence]})
+        numbers = [f"{t:05d}" for t in range(frames)]
+        expressions.append((name, f"square {name[-1]}", numbers, frames, [1], [i]))
+        files = [f"{name}/{number}.jpg" for number in numbers]
+        size = {"height": SIZE, "width": SIZE, "length": frames}
+        videos.append({"id": i + 1, "file_names": files} | size)
+        things.append({"id": i + 1, "video_id": i + 1, "category_id": i % 3 + 1} | size)
+        things[-1]["segmentations"] = masks
+    span = ["video_id", "start_second", "end_second", "text", "relevant_windows", "dataset"]
+    for file, head, table in (
+        ("recognition.csv", None, rows),
+        ("localization.csv", span, moments),
+        ("grounding.csv", span, queries),
+        ("expressions.csv", ["video_id", "text", "frames", "length", "obj_id", "anno_id"],
+         expressions),
+    ):  # fmt: skip
+        with open(root / file, "w", newline="") as handle:
+            csv.writer(handle).writerows([head, *table] if head else table)
+    (root / "index.jsonl").write_text("\n".join(map(json.dumps, index)))
+    label2id = {label: i for i, label in enumerate(labels)}
+    (root / "label2id.json").write_text(json.dumps(label2id))
+    (root / "sets.json").write_text(json.dumps({"TINY": label2id}))
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(["box", "tile", "crate"])]
+    content = {"videos": videos, "annotations": things, "categories": categories}
+    (root / "train_TINY.json").write_text(json.dumps(content))
+    table, common = (lambda name: str(root / name)), {"sampling": "consecutive"}
+    parts = {
+        "recognition": ("kinetics", {"annotations": table("recognition.csv"),
+                                     "labels": table("label2id.json")}),
+        "retrieval": ("index", {"index": table("index.jsonl"), "split": "train"}),
+        "localization": ("localization", {"annotations": table("localization.csv"),
+                                          "labels": table("sets.json")}),
+        "grounding": ("grounding", {"annotations": table("grounding.csv")}),
+        "instance_segmentation": ("youtube_vis", {"annotations": table("train_TINY.json"),
+                                                  "pattern": "{id}.mp4"}),
+        "referring_segmentation": ("mevis", {"annotations": table("expressions.csv"),
+                                             "masks": table("masks")}),
+    }  # fmt: skip
+    return {
+        name: common
+        | {
+            "objective": name,
+            "reader": reader,
+            "templates": "plain",
+            "train": {"root": str(root)} | arguments,
+        }
+        for name, (reader, arguments) in parts.items()
     }

@@ -4,8 +4,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,33 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from backbone import StreamformerModel, build_encoder
-from pretrain import PretrainConfig, train
+from pretrain import train
 from pretrain.datasets.decode import ClipError
 from pretrain.train import Interrupted
-
-
-@pytest.fixture
-def config(siglip, tasks, tmp_path):
-    """Config of a small run, changed by keyword: ``model__window=4`` is ``model.window``."""
-
-    def make(updates=6, **changes):
-        values = {
-            "output": str(tmp_path / "run"),
-            "tasks": tasks,
-            "model": {"siglip": str(siglip), "num_frames": 8},
-            "optim": {"updates": updates, "lr": 1e-3},
-            "batch_size": 4,
-            "cache_in_memory": True,
-            "checkpoint_every": 2,
-            "log_every": 1,
-            "device": "cpu",
-        }
-        for key, value in changes.items():
-            section, _, name = key.partition("__")
-            values[section] = values[section] | {name: value} if name else value
-        return PretrainConfig.from_dict(values)
-
-    return make
 
 
 def log_of(folder):
@@ -219,27 +193,3 @@ def test_wrong_reader_arguments_and_differing_labels_are_named(config, tasks, tm
     task["val"] = task["val"] | {"labels": str(tmp_path / "label2id.json")}
     with pytest.raises(ValueError, match="label sets of train .* and val .* differ"):
         train(config(tasks={"actions": task}, output=str(tmp_path / "other")), progress=False)
-
-
-@pytest.mark.job
-def test_two_processes_train_as_one_with_the_double_batch(config, tmp_path):
-    # Each rank has half of every global batch; captions of both ranks are negatives of each other.
-    # A large eps keeps Adam from blowing up the rounding of gradients that are truly zero.
-    one = config(output=str(tmp_path / "one"), updates=3, optim__eps=1e-3)
-    two = config(output=str(tmp_path / "two"), updates=3, optim__eps=1e-3, batch_size=2)
-    (tmp_path / "two.json").write_text(json.dumps(two.to_dict()))
-    script = tmp_path / "job.py"
-    script.write_text(
-        "import json, sys\n"
-        "from pretrain import PretrainConfig, train\n"
-        "train(PretrainConfig.from_dict(json.load(open(sys.argv[1]))))\n"
-    )
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--standalone", str(script), str(tmp_path / "two.json")]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = weights_of(train(one, progress=False)), weights_of(tmp_path / "two")
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=name)
