@@ -14,7 +14,7 @@ Two losses, both averaged over items: contrastive, log(1 + sum exp(a.n - a.p)) o
 auxiliary, squared error of cosine similarities against 1 for positives and 0 for negatives.
 
 Letters: B clips, T frames, Q queries, E width of the embedding, N instances (padded over clips:
-an instance that a clip does not have is present nowhere), I items, K candidates.
+an instance that a clip does not have is absent everywhere), I items, K candidates.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 
 NEGATIVES = ("positive_frame", "previous_frame")
 AVERAGES = ("global", "rank")
+ABSENT = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,6 @@ class Items(NamedTuple):
 def contrastive_losses(
     embeddings: Tensor,
     queries: Tensor,
-    present: Tensor,
     config: ContrastiveConfig | None = None,
     generator: torch.Generator | None = None,
 ) -> ContrastiveLosses:
@@ -104,9 +104,8 @@ def contrastive_losses(
 
     Args:
         embeddings: (B, T, Q, E) tracking embeddings of all queries.
-        queries: (B, T, N) int64, the query matched to each instance in each frame; where
-            ``present`` is false its value is not used. ``stack_matches`` makes both.
-        present: (B, T, N) bool.
+        queries: (B, T, N) int64, the query matched to each instance in each frame, -1 where it is
+            absent; `pad_instances` brings clips together.
         config: rules; None for the defaults.
         generator: decides memory or last embedding, and noise; on the CPU, None for torch's own.
 
@@ -114,19 +113,18 @@ def contrastive_losses(
         ValueError: shapes that do not agree, or a query that does not exist.
     """
     config = config or ContrastiveConfig()
-    _check(embeddings, queries, present)
+    _check(embeddings, queries)
     with torch.autocast(embeddings.device.type, enabled=False):
-        return _losses(embeddings.float(), queries, present, config, generator)
+        return _losses(embeddings.float(), queries, config, generator)
 
 
 def _losses(
     embeddings: Tensor,
     queries: Tensor,
-    present: Tensor,
     config: ContrastiveConfig,
     generator: torch.Generator | None,
 ) -> ContrastiveLosses:
-    items = build_items(embeddings, queries, present, config, generator)
+    items = build_items(embeddings, queries, config, generator)
     count = len(items.anchors)
     share = _share_of_items(count, config.average, embeddings.device)
     if not count:  # zero, with a gradient: other ranks wait for it
@@ -171,7 +169,6 @@ def auxiliary_loss(cosines: Tensor, positive: Tensor, negative: Tensor) -> Tenso
 def build_items(
     embeddings: Tensor,
     queries: Tensor,
-    present: Tensor,
     config: ContrastiveConfig,
     generator: torch.Generator | None = None,
 ) -> Items:
@@ -182,7 +179,8 @@ def build_items(
     embedding; an instance seen in one frame only gives no item.
     """
     B, T, Q, _ = embeddings.shape
-    queries = torch.where(present, queries, 0)
+    present = queries != ABSENT  # (B, T, N)
+    queries = queries.clamp(min=0)
     stored_queries, stored = _with_noise(queries, present, Q, config.noise_probability, generator)
     clips = torch.arange(B, device=queries.device)[:, None, None]  # (B, 1, 1)
     frames = torch.arange(T, device=queries.device)[None, :, None]  # (1, T, 1)
@@ -252,38 +250,33 @@ def similarity_share(similarity: Tensor, counts: Tensor) -> Tensor:
     return (total / counts.sum(-1).clamp(min=1)).clamp(min=0)
 
 
-def stack_matches(queries: Sequence[Tensor], present: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Pad the matches of clips, (T, n) each, to queries (B, T, N) and present (B, T, N).
+def pad_instances(queries: Sequence[Tensor]) -> Tensor:
+    """Bring the matches of clips together, (T, n) each with -1 for absent: (B, T, N).
 
     Raises:
         ValueError: no clips, or clips of different lengths.
     """
-    lengths = {tuple(q.shape[:1]) for q in queries}
-    if len(queries) != len(present) or len(lengths) != 1:
+    if len({len(clip) for clip in queries}) != 1:
         raise ValueError(
-            f"matches of {len(queries)} and {len(present)} clips, of shapes "
-            f"{[tuple(q.shape) for q in queries]}; expected (T, n) for each clip, with one T"
+            f"matches of clips of shapes {[tuple(clip.shape) for clip in queries]}; expected (T, n)"
+            " for each clip, with one T"
         )
-    most = max(q.shape[1] for q in queries)
-    padded = [F.pad(q, (0, most - q.shape[1])) for q in queries]
-    shown = [F.pad(p, (0, most - p.shape[1])) for p in present]
-    return torch.stack(padded), torch.stack(shown)
+    most = max(clip.shape[1] for clip in queries)
+    return torch.stack([F.pad(c, (0, most - c.shape[1]), value=ABSENT) for c in queries])
 
 
-def _check(embeddings: Tensor, queries: Tensor, present: Tensor) -> None:
+def _check(embeddings: Tensor, queries: Tensor) -> None:
     if embeddings.ndim != 4:
         raise ValueError(f"embeddings of shape {tuple(embeddings.shape)}; expected (B, T, Q, E)")
-    fits = queries.ndim == 3 and queries.shape[:2] == embeddings.shape[:2]
-    if not fits or present.shape != queries.shape or present.dtype != torch.bool:
+    if queries.ndim != 3 or queries.shape[:2] != embeddings.shape[:2]:
         raise ValueError(
-            f"queries of shape {tuple(queries.shape)}, present of shape {tuple(present.shape)} and "
-            f"type {present.dtype}; embeddings of shape {tuple(embeddings.shape)} need (B, T, N) "
-            "of both, the latter bool"
+            f"queries of shape {tuple(queries.shape)}; embeddings of shape "
+            f"{tuple(embeddings.shape)} need (B, T, N)"
         )
-    used = queries[present]
-    if used.numel() and not (used.min() >= 0 and used.max() < embeddings.shape[2]):
+    if queries.numel() and not (queries.min() >= ABSENT and queries.max() < embeddings.shape[2]):
         raise ValueError(
-            f"matches name queries {used.min()} to {used.max()}, there are {embeddings.shape[2]}"
+            f"matches name queries {queries.min()} to {queries.max()}; there are 0 to "
+            f"{embeddings.shape[2] - 1}, and {ABSENT} for absent"
         )
 
 

@@ -17,7 +17,7 @@ from integrations.ovis.contrastive import (
     contrastive_loss,
     contrastive_losses,
     fuse_by_similarity,
-    stack_matches,
+    pad_instances,
 )
 
 RELEASED = ContrastiveConfig.released()
@@ -35,12 +35,12 @@ def described(golden):
 
 
 def clip(seed=0, clips=2, frames=6, queries=7, width=5, instances=3, share=0.6):
-    """Random embeddings, matches and presence; no two instances share a query in a frame."""
+    """Random embeddings and matches, some absent; no two instances share a query in a frame."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = torch.randn(clips, frames, queries, width, generator=generator)
     order = torch.rand(clips, frames, queries, generator=generator).argsort(-1)
     present = torch.rand(clips, frames, instances, generator=generator) < share
-    return embeddings, order[..., :instances], present
+    return embeddings, order[..., :instances].where(present, -1)
 
 
 @pytest.mark.golden
@@ -61,12 +61,12 @@ def test_losses_of_given_candidates_match(stored):
 @pytest.mark.golden
 @pytest.mark.parametrize("variant", ALWAYS)
 def test_losses_and_gradients_of_clips_match(stored, described, variant):
-    queries, present = stored["plugin.matched_query"], stored["plugin.valid"]
+    queries = stored["plugin.matched_query"].where(stored["plugin.valid"], -1)
     flat = stored["plugin.pred_embeds"].clone().requires_grad_()
     config = replace(RELEASED, memory_probability=ALWAYS[variant])
     embeddings = flat.unflatten(0, queries.shape[:2])  # (B, T, Q, E)
-    losses = contrastive_losses(embeddings, queries, present, config)
-    items = build_items(embeddings, queries, present, config)
+    losses = contrastive_losses(embeddings, queries, config)
+    items = build_items(embeddings, queries, config)
     expected = described["results"][variant]
     sizes = (1 + items.negative.sum(1)).tolist()
     assert sizes == expected["item_sizes_positive_plus_negatives"]
@@ -89,8 +89,9 @@ def test_fused_memories_match(stored):
     torch.testing.assert_close(fused, stored["fusion.inference_cache3_fused"], rtol=0, atol=1e-5)
 
 
-def item_by_item(embeddings, queries, present, config):
+def item_by_item(embeddings, queries, config):
     """The rules of the docstrings, one item at a time; positives never random."""
+    present = queries >= 0
     contrastive, auxiliary = [], []
     clips, frames, _ = present.shape
     for b, t, n in ((b, t, n) for b in range(clips) for t in range(1, frames) for n in range(3)):
@@ -124,32 +125,23 @@ def item_by_item(embeddings, queries, present, config):
 @pytest.mark.parametrize("share", [0.3, 0.8])
 def test_batched_losses_equal_an_item_by_item_reading(negatives, variant, share):
     config = ContrastiveConfig(negatives=negatives, memory_probability=ALWAYS[variant])
-    embeddings, queries, present = clip(seed=3, share=share)
-    losses = contrastive_losses(embeddings, queries, present, config)
-    expected = item_by_item(embeddings, queries, present, config)
+    embeddings, queries = clip(seed=3, share=share)
+    losses = contrastive_losses(embeddings, queries, config)
+    expected = item_by_item(embeddings, queries, config)
     torch.testing.assert_close((losses.contrastive, losses.auxiliary), expected)
 
 
-def test_matches_of_absent_instances_are_not_used():
-    embeddings, queries, present = clip()
-    config = ContrastiveConfig(memory_probability=1.0)
-    expected = contrastive_losses(embeddings, queries, present, config)
-    nonsense = torch.where(present, queries, 999)
-    assert contrastive_losses(embeddings, nonsense, present, config) == expected
-
-
 def test_padding_of_instances_changes_nothing():
-    embeddings, queries, present = clip()
+    embeddings, queries = clip()
     config = ContrastiveConfig(memory_probability=0.0)
+    fewer = queries[1][:, :1]
+    padded = pad_instances([queries[0], fewer])
+    assert padded.shape == queries.shape
     apart = [
-        contrastive_losses(embeddings[b : b + 1], queries[b : b + 1], present[b : b + 1], config)
-        for b in range(2)
+        contrastive_losses(embeddings[b : b + 1], matches[None], config)
+        for b, matches in enumerate((queries[0], fewer))
     ]
-    padded = stack_matches(
-        [queries[0], torch.nn.functional.pad(queries[1], (0, 2))],
-        [present[0], torch.nn.functional.pad(present[1], (0, 2))],
-    )
-    together = contrastive_losses(embeddings, *padded, config)
+    together = contrastive_losses(embeddings, padded, config)
     assert together.items == sum(losses.items for losses in apart)
     mean = sum(losses.contrastive * losses.items for losses in apart) / together.items
     torch.testing.assert_close(together.contrastive, mean)
@@ -157,11 +149,11 @@ def test_padding_of_instances_changes_nothing():
 
 @pytest.mark.parametrize("frames, instances", [(4, 0), (1, 3), (4, 3)])
 def test_clips_without_items_give_zero_and_gradients(frames, instances):
-    embeddings, queries, present = clip(frames=frames, instances=instances)
+    embeddings, queries = clip(frames=frames, instances=instances)
     if frames > 1:
-        present = torch.zeros_like(present)
+        queries = torch.full_like(queries, -1)
     embeddings.requires_grad_()
-    losses = contrastive_losses(embeddings, queries, present)
+    losses = contrastive_losses(embeddings, queries)
     assert losses.items == 0
     sum(losses.weighted(ContrastiveConfig()).values()).backward()
     assert losses.contrastive == losses.auxiliary == 0
@@ -170,26 +162,25 @@ def test_clips_without_items_give_zero_and_gradients(frames, instances):
 
 def test_an_item_without_negatives_has_finite_gradients():
     embeddings = torch.randn(1, 2, 1, 4, requires_grad=True)
-    always = torch.ones(1, 2, 1, dtype=torch.bool)
-    losses = contrastive_losses(embeddings, torch.zeros(1, 2, 1, dtype=torch.long), always)
+    losses = contrastive_losses(embeddings, torch.zeros(1, 2, 1, dtype=torch.long))
     (losses.contrastive + losses.auxiliary).backward()
     assert losses.contrastive == 0
     assert embeddings.grad.isfinite().all()
 
 
 def test_large_embeddings_stay_finite():
-    embeddings, queries, present = clip()
+    embeddings, queries = clip()
     embeddings = (embeddings * 1e3).requires_grad_()
-    losses = contrastive_losses(embeddings, queries, present)
+    losses = contrastive_losses(embeddings, queries)
     losses.contrastive.backward()
     assert losses.contrastive.isfinite()
     assert embeddings.grad.isfinite().all()
 
 
 def test_memory_and_last_embedding_are_drawn_half_and_half():
-    embeddings, queries, present = clip(clips=40, frames=12, share=0.9)
+    embeddings, queries = clip(clips=40, frames=12, share=0.9)
     drawn = [
-        build_items(embeddings, queries, present, ContrastiveConfig(memory_probability=p), g)
+        build_items(embeddings, queries, ContrastiveConfig(memory_probability=p), g)
         for p, g in ((0.0, None), (1.0, None), (0.5, torch.Generator().manual_seed(1)))
     ]
     last, memory, mixed = (items.candidates[:, 0] for items in drawn)
@@ -211,10 +202,10 @@ def test_the_generator_repeats_the_draw():
 
 
 def test_noise_disturbs_memories_of_hidden_instances_by_queries_that_nothing_matched():
-    embeddings, queries, present = clip(clips=1, frames=3, instances=2)
-    present = torch.tensor([[[True, True], [False, True], [True, True]]])
+    embeddings, queries = clip(clips=1, frames=3, instances=2, share=1.0)
+    queries[0, 1, 0] = -1
     config = ContrastiveConfig(noise_probability=1.0, memory_probability=0.0)
-    items = build_items(embeddings, queries, present, config)
+    items = build_items(embeddings, queries, config)
     # Items: instance 1 in frame 1, then instances 0 and 1 in frame 2.
     free = [q for q in range(embeddings.shape[2]) if q != queries[0, 1, 1]]
     drawn = (items.candidates[1, 0] == embeddings[0, 1]).all(-1).nonzero().flatten().tolist()
@@ -227,11 +218,11 @@ def test_noise_disturbs_memories_of_hidden_instances_by_queries_that_nothing_mat
 
 
 def test_noise_spares_instances_not_seen_before():
-    embeddings, queries, _ = clip(clips=1, frames=3, instances=1)
-    present = torch.tensor([[[False], [True], [True]]])
+    embeddings, queries = clip(clips=1, frames=3, instances=1, share=1.0)
+    queries[0, 0, 0] = -1
     config = ContrastiveConfig(memory_probability=0.0)
-    quiet = build_items(embeddings, queries, present, config)
-    noisy = build_items(embeddings, queries, present, replace(config, noise_probability=1.0))
+    quiet = build_items(embeddings, queries, config)
+    noisy = build_items(embeddings, queries, replace(config, noise_probability=1.0))
     torch.testing.assert_close(tuple(quiet), tuple(noisy), rtol=0, atol=0)
 
 
@@ -245,10 +236,11 @@ def test_mixed_precision_computes_the_losses_in_full():
 
 def _rank(rank, folder, share):
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    embeddings, queries, present = clip(seed=rank, frames=3 + 4 * rank, share=share)
-    present &= rank > 0 or share > 0.5  # the first rank may have nothing at all
+    embeddings, queries = clip(seed=rank, frames=3 + 4 * rank, share=share)
+    if not rank and share < 0.5:  # the first rank has nothing at all
+        queries.fill_(-1)
     config = ContrastiveConfig(memory_probability=0.0)
-    losses = contrastive_losses(embeddings, queries, present, config)
+    losses = contrastive_losses(embeddings, queries, config)
     torch.save([losses.contrastive, losses.items], f"{folder}/{rank}")
     dist.destroy_process_group()
 
@@ -259,11 +251,10 @@ def test_items_of_all_ranks_count_alike(tmp_path, share):
     found = [torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2)]
     total, items = 0.0, 0
     for rank in range(2):
-        embeddings, queries, present = clip(seed=rank, frames=3 + 4 * rank, share=share)
-        present &= rank > 0 or share > 0.5
-        alone = contrastive_losses(
-            embeddings, queries, present, ContrastiveConfig(memory_probability=0.0)
-        )
+        embeddings, queries = clip(seed=rank, frames=3 + 4 * rank, share=share)
+        if not rank and share < 0.5:
+            queries.fill_(-1)
+        alone = contrastive_losses(embeddings, queries, ContrastiveConfig(memory_probability=0.0))
         assert alone.items == found[rank][1]
         total, items = total + alone.contrastive * alone.items, items + alone.items
     torch.testing.assert_close((found[0][0] + found[1][0]) / 2, total / items)
@@ -272,20 +263,20 @@ def test_items_of_all_ranks_count_alike(tmp_path, share):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda e, q, p: (e[0], q, p), r"embeddings of shape \(6, 7, 5\); expected \(B, T, Q, E\)"),
-        (lambda e, q, p: (e, q[:, :5], p), r"queries of shape \(2, 5, 3\), present of .* \(2, 6, "),
-        (lambda e, q, p: (e, q, p.long()), "present of .* type torch.int64"),
-        (lambda e, q, p: (e, q + 7, p), "matches name queries 7 to 1[0-9], there are 7"),
+        (lambda e, q: (e[0], q), r"embeddings of shape \(6, 7, 5\); expected \(B, T, Q, E\)"),
+        (lambda e, q: (e, q[:, :5]), r"queries of shape \(2, 5, 3\); embeddings .*\(2, 6, 7, 5\)"),
+        (lambda e, q: (e, q + 7), "matches name queries 6 to 1[0-9]; there are 0 to 6"),
+        (lambda e, q: (e, q - 1), "matches name queries -2 to [0-9]; there are 0 to 6, and -1"),
     ],
 )
-def test_wrong_shapes_are_refused(change, message):
+def test_wrong_matches_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         contrastive_losses(*change(*clip()))
 
 
 def test_clips_of_different_lengths_are_refused():
     with pytest.raises(ValueError, match=r"of shapes \[\(3, 1\), \(2, 1\)\]; expected \(T, n\)"):
-        stack_matches([torch.zeros(3, 1), torch.zeros(2, 1)], [torch.ones(3, 1), torch.ones(2, 1)])
+        pad_instances([torch.zeros(3, 1), torch.zeros(2, 1)])
 
 
 @pytest.mark.parametrize(
