@@ -50,6 +50,7 @@ from pretrain.parallel import (
     whole_weights,
     widen_scalars,
 )
+from pretrain.released_sampling import ReleasedSampler
 from pretrain.sampling import RoundSampler
 from pretrain.text import load_siglip_text
 
@@ -161,22 +162,32 @@ class _Run:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if not accelerator.is_fsdp2:
             self.whole = accelerator.unwrap_model(self.model)
-        self.sampler = RoundSampler(
-            {name: len(dataset) for name, dataset in self.datasets.items()},
+        self.sampler = self._make_sampler()
+        self.ledger = FailureLedger(config.max_failed_share)
+        self.log: list[dict] = []
+
+    def _make_sampler(self) -> RoundSampler | ReleasedSampler:
+        config = self.config
+        lengths = {name: len(dataset) for name, dataset in self.datasets.items()}
+        common = {
+            "num_frames": config.model.num_frames,
+            "seed": config.seed,
+            "rank": self.accelerator.process_index,
+            "world_size": self.accelerator.num_processes,
+        }
+        if config.sampler != "rounds":
+            return ReleasedSampler(lengths, config.batch_size, config.sampler, **common)
+        return RoundSampler(
+            lengths,
             {name: task.batch_size or config.batch_size for name, task in config.tasks.items()},
-            num_frames=config.model.num_frames,
             long_frames=config.long_frames,
             long_share=config.long_share,
             long_entries={
                 name: dataset.lasting(config.long_frames) if config.long_share else ()
                 for name, dataset in self.datasets.items()
             },
-            seed=config.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
+            **common,
         )
-        self.ledger = FailureLedger(config.max_failed_share)
-        self.log: list[dict] = []
 
     def _read_data(self, image_size: int) -> None:
         config = self.config
@@ -190,7 +201,7 @@ class _Run:
             if task.val is not None:
                 self.validation[name] = build(task.val)
                 known, asked = self.datasets[name].label_sets, self.validation[name].label_sets
-                if dict(known) != dict(asked):
+                if any(known.get(label_set) != asked[label_set] for label_set in asked):
                     raise ValueError(
                         f"task {name!r}: label sets of train ({', '.join(known)}) and val "
                         f"({', '.join(asked)}) differ; give both the same labels file"
@@ -242,25 +253,27 @@ class _Run:
         rate = learning_rate(config.optim, update, self.clips_per_update)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        whole, last = sum(task.weight for task in config.tasks.values()), len(config.tasks) - 1
-        losses = {}
-        for turn in range(len(config.tasks)):
+        weights = [task.weight for task in config.tasks.values()]
+        turns, whole = self.sampler.turns, sum(weights) / len(weights) * self.sampler.turns
+        losses = []
+        for turn in range(turns):
             begun = time.perf_counter()
             name, batch = next(batches)
             window.waited += time.perf_counter() - begun
             self.ledger.record(len(batch.entries), batch.errors)
             begun = time.perf_counter()
             # Processes exchange gradients once, with the round's last mini-batch.
-            exchange = turn == last
+            exchange = turn == turns - 1
             with contextlib.nullcontext() if exchange else accelerator.no_sync(self.model):
                 loss = self.model(batch.to(accelerator.device), name)
                 accelerator.backward(loss * (config.tasks[name].weight / whole))
-            losses[name] = loss.detach()
+            losses.append((name, loss.detach()))
             window.learned += time.perf_counter() - begun
         begun = time.perf_counter()
-        values = torch.stack(list(losses.values())).tolist()  # the one wait for the device
+        values = torch.stack([loss for _, loss in losses]).tolist()  # the one wait for the device
         window.learned += time.perf_counter() - begun
-        for name, value in zip(losses, values, strict=True):
+        losses = [(name, value) for (name, _), value in zip(losses, values, strict=True)]
+        for name, value in losses:
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"loss of task {name!r} is {value} at update {update} (rate {rate:g}); "
@@ -272,12 +285,13 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.sampler.round += 1
-        window.add(dict(zip(losses, values, strict=True)), rate)
+        window.add(losses, rate)
 
     @property
     def clips_per_update(self) -> int:
         """Clips of all tasks and processes in one update."""
-        return sum(self.sampler.batch_size.values()) * self.sampler.world_size
+        sizes = self.sampler.batch_size.values()
+        return sum(sizes) * self.sampler.turns // len(sizes) * self.sampler.world_size
 
     def _loader(self) -> DataLoader:
         workers = self.config.num_workers
@@ -433,7 +447,7 @@ class _Mixture(Dataset):
 class _Endless:
     """The sampler's batches as an iterable that can be started again."""
 
-    def __init__(self, sampler: RoundSampler) -> None:
+    def __init__(self, sampler: RoundSampler | ReleasedSampler) -> None:
         self.sampler = sampler
 
     def __iter__(self) -> Iterator[list]:
@@ -494,16 +508,15 @@ class _Window:
     def _clear(self) -> None:
         self.begun, self.rate = time.perf_counter(), 0.0
         self.waited = self.learned = 0.0  # seconds for data; in forward and backward
-        self.sums: dict[str, float] = {}
-        self.count = 0
+        self.losses: dict[str, list[float]] = {}
 
-    def add(self, losses: Mapping[str, float], rate: float) -> None:
-        self.count, self.rate = self.count + 1, rate
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+    def add(self, losses: list[tuple[str, float]], rate: float) -> None:
+        self.rate = rate
+        for name, value in losses:
+            self.losses.setdefault(name, []).append(value)
 
     def means(self) -> dict[str, float]:
-        return {name: value / self.count for name, value in self.sums.items()}
+        return {name: sum(values) / len(values) for name, values in self.losses.items()}
 
     def close(self) -> dict:
         line = {

@@ -193,3 +193,15 @@ def test_wrong_reader_arguments_and_differing_labels_are_named(config, tasks, tm
     task["val"] = task["val"] | {"labels": str(tmp_path / "label2id.json")}
     with pytest.raises(ValueError, match="label sets of train .* and val .* differ"):
         train(config(tasks={"actions": task}, output=str(tmp_path / "other")), progress=False)
+
+
+def test_validation_may_lack_a_data_set_of_training(config, tasks):
+    task = dict(tasks["actions"])
+    parts = [
+        {"reader": "kinetics", **task["train"]},
+        {"reader": "kinetics", **task["train"], "name": "Other"},
+    ]
+    task |= {"reader": "union", "train": {"parts": parts}, "val": {"parts": parts[1:]}}
+    output = train(config(updates=1, tasks={"actions": task}), progress=False)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["clips"]["actions"] == 32 and "top1" in metrics["zero_shot"]["actions"]
