@@ -68,6 +68,19 @@ class FrameSizes:
         if any(inner > outer for inner, outer in zip(self.resized, self.padded, strict=True)):
             raise ValueError(f"frames resized to {self.resized} exceed the padded {self.padded}")
 
+    @classmethod
+    def fit(
+        cls, original: tuple[int, int], short_side: int, long_side: int, multiple: int
+    ) -> FrameSizes:
+        """Bring the short side to ``short_side``, the long one to no more than ``long_side``.
+
+        The aspect is kept, up to rounding; the padded sides are multiples of ``multiple``.
+        """
+        scale = min(short_side / min(original), long_side / max(original))
+        resized = tuple(max(1, int(side * scale + 0.5)) for side in original)
+        padded = tuple(-(-side // multiple) * multiple for side in resized)
+        return cls(original, resized, padded)
+
 
 @dataclass
 class Track:
@@ -163,13 +176,15 @@ class VideoRecord:
 
     def add(self, ids: Tensor, class_logits: Tensor, mask_logits: Tensor) -> None:
         """Take the next frame: ids (Q,), -1 for none; logits (Q, C + 1) and (Q, h, w)."""
-        for query in ids.argsort().tolist():  # new tracks in order of their identities
-            if ids[query] < 0:
-                continue
-            track = self.tracks.setdefault(int(ids[query]), Track())
+        order = ids.argsort()  # new tracks in order of their identities
+        shown = order[ids[order] >= 0]
+        there = shown.to(mask_logits.device)
+        logits, masks = class_logits[there].float().cpu(), mask_logits[there].float().cpu()
+        for row, name in enumerate(ids[shown].tolist()):
+            track = self.tracks.setdefault(name, Track())
             track.frames.append(self.num_frames)
-            track.class_logits.append(class_logits[query].float().cpu())
-            track.mask_logits.append(mask_logits[query].float().cpu())
+            track.class_logits.append(logits[row])
+            track.mask_logits.append(masks[row])
         if self.num_frames >= self.config.flicker_from:
             self._drop_flickers()
         self.num_frames += 1
