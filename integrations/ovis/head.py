@@ -171,6 +171,11 @@ class SegmentationHead(nn.Module):
         maps = [features[name] for name in LEVELS]
         frames, channels = len(maps[0]), self.config.in_channels
         height, width = maps[-1].shape[-2:]
+        if frames * height * width == 1 and self.config.width == GROUPS:
+            raise ValueError(
+                f"one frame with one cell in res5, and a head of width {GROUPS}: its group norms "
+                "would see a single value each; take larger frames or a wider head"
+            )
         for name, level, scale in zip(LEVELS, maps, (8, 4, 2, 1), strict=True):
             expected = (frames, channels, scale * height, scale * width)
             if level.shape != expected:

@@ -138,6 +138,8 @@ def test_refusals_name_what_does_not_fit():
     head, features = small(), maps()
     with pytest.raises(ValueError, match="features lack 'res4'; they hold res2, res3, res5"):
         head({name: level for name, level in features.items() if name != "res4"})
+    with pytest.raises(ValueError, match="one cell in res5, and a head of width 32: .* larger fra"):
+        head(maps(1, 1, 1))
     features["res3"] = features["res3"][..., :-1]
     with pytest.raises(ValueError, match=r"res3 has shape \(2, 6, 8, 11\), expected \(2, 6, 8, 12"):
         head(features)
