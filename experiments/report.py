@@ -538,7 +538,8 @@ def _plot_rows(
     axes.set_yticks(range(len(rows))[::-1], rows)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(-0.7, len(rows) - 0.3)
-    axes.set_xlim(0, 1.09 * max(reach, 1e-6))  # room for the gain
+    reach = max(reach, 1e-6)
+    axes.set_xlim(-0.01 * reach, 1.09 * reach)  # room for a dot at 0 and for the gain
     axes.grid(axis="x", color=FAINT, linewidth=0.6, zorder=0)
 
 

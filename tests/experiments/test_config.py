@@ -135,3 +135,16 @@ def test_defaults_fill_the_sections_that_a_config_has_and_are_known():
         load_config("oad", "miniworld", ["world.seed=1"], defaults)
     with pytest.raises(UserError, match=r"'train.warm' \(did you mean 'train.warmup'"):
         load_config("oad", "miniworld", ["train.warm=1"], defaults)
+
+
+def test_names_of_a_free_section_are_the_configs_own(configs, tmp_path):
+    free = ("train",)
+    found = load_config("oad", "miniworld", ["train.anything=3"], free=free)
+    assert found["train"]["anything"] == 3
+    path = tmp_path / "mine.py"
+    path.write_text("_own = 5\ndata = dict(name='MINE', root='x', world=dict())\n"
+                    "train = dict(whatever=dict(size=_own))")  # fmt: skip
+    found = load_config("oad", str(path), ["train.whatever.size=6"], free=free)
+    assert found["train"] == {"whatever": {"size": 6}} and "_own" not in found
+    with pytest.raises(UserError, match="unknown key 'data.nme'"):
+        load_config("oad", str(path), ["data.nme=3"], free=free)

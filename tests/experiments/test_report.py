@@ -168,3 +168,50 @@ def test_environment_names_versions_and_survives_a_failing_probe(monkeypatch):
     for name in ("python", "torch", "transformers", "numpy", "av", "platform", "threads", "date"):
         assert found[name], name
     assert f"| torch | {found['torch']} |" in to_markdown(found)
+
+
+def many_metrics(arms=("siglip", "streamformer")):
+    values = {f"task/metric{number}": 10.0 + number for number in range(9)}
+    return {
+        arm: {0: {"metrics": {name: value + 5 * place for name, value in values.items()}}}
+        for place, arm in enumerate(arms)
+    }
+
+
+def test_many_metrics_stand_below_each_other(tmp_path):
+    report = report_of(
+        many_metrics(), chance={"task/metric3": 1.5}, equal="on the same clips", spread="None."
+    )
+    lines = to_text(report).splitlines()
+    assert lines[2].split("  ")[0] == "metric" and lines[2].endswith("  streamformer - siglip")
+    assert lines[7].split() == ["task/metric3", "13.0", "18.0", "1.5", "+5.0"]
+    write_report(report, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| task/metric3 | 13.0 | 18.0 | 1.5 | +5.0 |" in text
+    assert "ahead of siglip**, on the same clips." in text and "\nNone.\n" in text
+    with Image.open(tmp_path / "report.png") as image:
+        assert image.height > 600
+
+
+def test_chosen_pairs_are_compared_the_first_one_foremost():
+    found = outcomes(arms=("siglip", "image", "streamformer"))
+    report = build_report(
+        task="x", title="x", data="x", outcomes=found, config={}, config_difference=[],
+        environment={}, wall_seconds=1, details={},
+        pairs=[("image", "siglip"), ("streamformer", "image")],
+    )  # fmt: skip
+    assert report["difference_of"] == "image - siglip"
+    assert list(report["other_differences"]) == ["streamformer - image"]
+    mean = {label: values["online/mAP"]["mean"] for label, values in report["metrics"].items()}
+    expected = mean["image"] - mean["siglip"]
+    assert report["difference"]["online/mAP"]["mean"] == pytest.approx(expected)
+
+
+def test_more_tables_and_a_picture_of_ones_own(tmp_path):
+    table = {"siglip": {"top1": 1.25, "top5": 2.0}, "streamformer": {"top1": 3.0}}
+    report = report_of(outcomes(), tables={"Zero-shot": table})
+    write_report(report, tmp_path, draw=lambda report, path: path.write_bytes(b"a picture"))
+    text = (tmp_path / "report.md").read_text()
+    assert "## Zero-shot\n\n|  | top1 | top5 |" in text
+    assert "| streamformer | 3.0 | - |" in text
+    assert (tmp_path / "report.png").read_bytes() == b"a picture"
