@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerHungarianMatcher,
     Mask2FormerLoss,
@@ -229,6 +231,27 @@ def test_the_weights_of_the_config_are_those_of_the_losses():
     doubled = supervise(said, targets, config).losses
     for name, loss in plain.items():
         torch.testing.assert_close(doubled[name], 2 * loss)
+
+
+def _rank(rank: int, folder: str, instances: tuple[int, int]) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    targets = FrameTargets.of([clip_targets(instances[rank], frames=1, hidden=())])
+    losses = supervise(output(1), targets, CONFIG).losses
+    torch.save(losses["loss_mask"].detach(), f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("instances", [(1, 4), (0, 3), (0, 0)])
+def test_objects_of_all_ranks_count_alike(tmp_path, instances):
+    """Ranks whose gradients are averaged divide by the mean of their objects, at least 1."""
+    mp.start_processes(_rank, (str(tmp_path), instances), nprocs=2, start_method="fork")
+    for rank, count in enumerate(instances):
+        torch.manual_seed(rank)
+        targets = FrameTargets.of([clip_targets(count, frames=1, hidden=())])
+        alone = supervise(output(1), targets, CONFIG).losses["loss_mask"].detach()
+        found = torch.load(tmp_path / str(rank), weights_only=True)
+        torch.testing.assert_close(found, alone * max(count, 1) / max(sum(instances) / 2, 1))
 
 
 def test_refusals_name_what_does_not_fit():
