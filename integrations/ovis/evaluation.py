@@ -249,7 +249,7 @@ def _checked_predictions(
         score = item.get("score")
         if not isinstance(score, (int, float)) or not math.isfinite(score):
             raise EvaluationError(f"{where}: score {score!r} is not a finite number")
-    return list(predictions)
+    return [{**item, "id": number} for number, item in enumerate(predictions)]
 
 
 def _grouped(items: Sequence[Mapping], categories: bool) -> dict[tuple[int, int], list[Mapping]]:
@@ -268,29 +268,20 @@ def _tracks(items: Sequence[Mapping], size: tuple[int, int], kind: str) -> _Trac
     """Compress the masks; sizes follow the annotated ``areas`` where there are any."""
     masks = []
     for number, item in enumerate(items):
-        where = f"{kind} {item.get('id', number)} of video {item.get('video_id', '?')}"
-        masks.append(
-            [
-                compress(mask, size, f"{where}, frame {frame}")
-                for frame, mask in enumerate(item["segmentations"])
-            ]
-        )
+        where = f"{kind} {item.get('id', number)}"
+        masks.append([compress(m, size, where, n) for n, m in enumerate(item["segmentations"])])
     frames = len(masks[0]) if masks else 0
-    pixels = np.zeros((len(items), frames))
-    seen = [(n, t) for n, row in enumerate(masks) for t, mask in enumerate(row) if mask]
-    if seen:
-        pixels[tuple(np.array(seen).T)] = areas([masks[n][t] for n, t in seen])
-    means = [
-        _mean_area(item["areas"] if item.get("areas") else row)
-        for item, row in zip(items, pixels, strict=True)
-    ]
-    return _Tracks(masks, pixels, np.array(means))
-
-
-def _mean_area(values: Sequence[float | None]) -> float:
-    """Over the frames where there is any."""
-    seen = [area for area in values if area]
-    return float(np.mean(seen)) if seen else 0.0
+    flat = [mask for row in masks for mask in row]
+    seen = np.array([mask is not None for mask in flat], bool)
+    pixels = np.zeros(len(flat))
+    pixels[seen] = areas([mask for mask in flat if mask is not None])
+    pixels = pixels.reshape(len(items), frames)
+    means = pixels.sum(1) / np.maximum((pixels > 0).sum(1), 1)
+    for number, item in enumerate(items):
+        annotated = [area for area in item.get("areas") or () if area]
+        if annotated:
+            means[number] = np.mean(annotated)
+    return _Tracks(masks, pixels, means)
 
 
 # ------------------------------------------------------------------------------------ arithmetic
@@ -298,19 +289,21 @@ def _mean_area(values: Sequence[float | None]) -> float:
 
 def _ious(guesses: _Tracks, truth: _Tracks) -> np.ndarray:
     """``(D, G)``, all pairs of a frame in one call."""
-    shared = np.zeros((len(guesses.masks), len(truth.masks)))
-    for frame in range(truth.pixels.shape[1] if shared.size else 0):
-        rows = [d for d, masks in enumerate(guesses.masks) if masks[frame]]
-        columns = [g for g, masks in enumerate(truth.masks) if masks[frame]]
+    count, wanted = len(guesses.masks), len(truth.masks)
+    if not count or not wanted:
+        return np.zeros((count, wanted))
+    # For a crowd pycocotools divides the intersection by the prediction's own area alone, from
+    # which the whole number of pixels comes back.
+    shares = np.zeros((guesses.pixels.shape[1], count, wanted))
+    frames = zip(zip(*guesses.masks, strict=True), zip(*truth.masks, strict=True), strict=True)
+    for share, (said, annotated) in zip(shares, frames, strict=True):
+        rows = [d for d, mask in enumerate(said) if mask]
+        columns = [g for g, mask in enumerate(annotated) if mask]
         if rows and columns:
-            # For a crowd pycocotools divides the intersection by the prediction's own area alone,
-            # from which the whole number of pixels comes back.
-            share = coco.iou(
-                [guesses.masks[d][frame] for d in rows],
-                [truth.masks[g][frame] for g in columns],
-                [1] * len(columns),
+            share[np.array(rows)[:, None], columns] = coco.iou(
+                [said[d] for d in rows], [annotated[g] for g in columns], [1] * len(columns)
             )
-            shared[np.ix_(rows, columns)] += np.rint(share * guesses.pixels[rows, frame][:, None])
+    shared = np.rint(shares * guesses.pixels.T[..., None]).sum(0)
     union = guesses.pixels.sum(1)[:, None] + truth.pixels.sum(1) - shared
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 

@@ -374,14 +374,21 @@ def check_document(document: Any, where: str) -> None:
     for item in document.get("annotations") or ():
         place = f"{where}: annotation {item['id']}"
         check_track(item, place, videos, categories)
+        video = videos[item["video_id"]]
+        size = [video["height"], video["width"]]
+        for frame, mask in enumerate(item["segmentations"]):
+            if isinstance(mask, Mapping) and list(mask.get("size", ())) != size:
+                raise MaskError(
+                    f"{place}, frame {frame}: the mask is {mask.get('size')} (height, width), but "
+                    f"its video is {size}; write masks at the size of the video"
+                )
 
 
 def check_track(item: Mapping, where: str, videos: Mapping[int, Mapping], categories: Any) -> None:
-    """Compare an annotation or prediction with its video; run lengths are not looked into.
+    """Compare an annotation or prediction with its video, all but the masks themselves.
 
     Raises:
         LayoutError: a field is missing, video or category unknown, a list of another length.
-        rle.MaskError: a mask of another size.
     """
     _require(item, ("video_id", "category_id", "segmentations"), where)
     if item["video_id"] not in videos:
@@ -400,13 +407,6 @@ def check_track(item: Mapping, where: str, videos: Mapping[int, Mapping], catego
             raise LayoutError(
                 f"{where} has {len(values)} {field}, but video {item['video_id']} has {frames} "
                 "frames; give null where the object is absent"
-            )
-    size = [video["height"], video["width"]]
-    for frame, mask in enumerate(item["segmentations"]):
-        if isinstance(mask, Mapping) and list(mask.get("size", ())) != size:
-            raise MaskError(
-                f"{where}, frame {frame}: the mask is {mask.get('size')} (height, width), but its "
-                f"video is {size}; write masks at the size of the video"
             )
 
 

@@ -18,41 +18,46 @@ class MaskError(ValueError):
     """A segmentation that is broken, or of another size than its video."""
 
 
-def compress(segmentation: Any, size: tuple[int, int], where: str) -> dict | None:
+def compress(
+    segmentation: Any, size: tuple[int, int], where: str, frame: int | None = None
+) -> dict | None:
     """A segmentation of any kind as compressed run lengths, or None.
 
     Args:
         segmentation: see the head of this file.
         size: ``(H, W)`` of the frame.
-        where: what a message calls it, such as "annotation 7, frame 3".
+        where: what a message calls it, such as "annotation 7"; ``frame`` is added to it.
+        frame: number of the frame.
 
     Raises:
         MaskError: another size, run lengths that do not fill the frame, or no such thing.
     """
     if segmentation is None:
         return None
-    if isinstance(segmentation, list):
-        return _from_polygons(segmentation, size, where)
-    if not isinstance(segmentation, Mapping) or not {"size", "counts"} <= set(segmentation):
+    try:
+        found, counts = segmentation["size"], segmentation["counts"]
+    except (TypeError, KeyError):
+        if isinstance(segmentation, list):
+            return _from_polygons(segmentation, size, _place(where, frame))
         raise MaskError(
-            f"{where}: the segmentation is {str(segmentation)[:60]!r}; expected an object with "
-            "'size' and 'counts', a list of polygons, or null"
-        )
-    found = tuple(segmentation["size"])
-    if found != tuple(size):
+            f"{_place(where, frame)}: the segmentation is {str(segmentation)[:60]!r}; expected an "
+            "object with 'size' and 'counts', a list of polygons, or null"
+        ) from None
+    if tuple(found) != size:
         raise MaskError(
-            f"{where}: the mask is {_named(found)}, but its video is {_named(size)}; write masks "
-            "at the size of the video"
+            f"{_place(where, frame)}: the mask is {_named(found)}, but its video is "
+            f"{_named(size)}; write masks at the size of the video"
         )
-    counts = segmentation["counts"]
     if isinstance(counts, (str, bytes)):
-        return {"size": list(size), "counts": counts}
+        return segmentation
     if not isinstance(counts, list) or not all(isinstance(n, int) and n >= 0 for n in counts):
-        raise MaskError(f"{where}: counts {str(counts)[:60]} are neither run lengths nor a text")
+        raise MaskError(
+            f"{_place(where, frame)}: counts {str(counts)[:60]} are neither run lengths nor a text"
+        )
     if sum(counts) != size[0] * size[1]:
         raise MaskError(
-            f"{where}: run lengths cover {sum(counts)} pixels, but {_named(size)} are "
-            f"{size[0] * size[1]}"
+            f"{_place(where, frame)}: run lengths cover {sum(counts)} pixels, but {_named(size)} "
+            f"are {size[0] * size[1]}"
         )
     return coco.frPyObjects({"size": list(size), "counts": counts}, *size)
 
@@ -67,15 +72,15 @@ def decode(
     """
     masks = np.zeros((len(segmentations), *size), bool)
     for frame, segmentation in enumerate(segmentations):
-        place = f"{where}, frame {first + frame}"
-        packed = compress(segmentation, size, place)
+        packed = compress(segmentation, size, where, first + frame)
         if packed is None:
             continue
         try:
-            masks[frame] = coco.decode(packed)
+            masks[frame] = coco.decode([packed])[..., 0]
         except ValueError as error:
             raise MaskError(
-                f"{place}: the compressed counts do not fill {_named(size)} ({error})"
+                f"{_place(where, first + frame)}: the compressed counts do not fill "
+                f"{_named(size)} ({error})"
             ) from error
     return masks
 
@@ -122,6 +127,10 @@ def _from_polygons(polygons: list, size: tuple[int, int], where: str) -> dict | 
             f"{where}: polygon {str(short[0])[:60]} is not a list of three or more points x, y"
         )
     return coco.merge(coco.frPyObjects(polygons, *size))
+
+
+def _place(where: str, frame: int | None) -> str:
+    return where if frame is None else f"{where}, frame {frame}"
 
 
 def _named(size: Sequence[int]) -> str:
