@@ -9,12 +9,25 @@ from pathlib import Path
 from .actions import CLASS_NAMES, PRETRAINING_ACTIONS
 from .jobs import Job
 from .params import WorldParams
-from .scene import SHAPES
+from .scene import COLOURS, Item
 from .writers import write_csv, write_json, write_lines
 
 DATASET = "MINIWORLD"
 IGNORE_INDEX = -100  # no class is left out of the metric
-CATEGORIES = {shape: number for number, shape in enumerate(SHAPES, start=1)}
+# What masks are told apart by: patches of this world are coarse for shapes and fine for colours, and
+# what is hidden shows by its motion alone.
+HIDDEN = "hidden shape"
+CATEGORIES = {
+    name: number
+    for number, name in enumerate([*(f"{colour} shape" for colour in COLOURS), HIDDEN], start=1)
+}
+
+
+def category(item: Item) -> int:
+    """Number of an item's category, from 1."""
+    return CATEGORIES[HIDDEN if item.camouflaged else f"{item.colour} shape"]
+
+
 WINDOWS = ("video_id", "start_second", "end_second", "text", "relevant_windows", "dataset")
 REFERRING = ("video_id", "text", "frames", "length", "obj_id", "anno_id")
 
@@ -121,12 +134,12 @@ def _stream_splits(params: WorldParams) -> list[str]:
 
 
 def _list_instances(path: Path, done: Done) -> None:
-    """YouTube-VIS: videos, categories (shapes), one annotation per shape with a mask per frame."""
+    """YouTube-VIS: videos, categories (colours), one annotation per shape with a mask per frame."""
     videos = ",\n".join(record["video"] for _, record in done)
     annotations = ",\n".join(text for _, record in done for text in record["annotations"])
     categories = json.dumps(
-        [{"id": number, "name": shape, "supercategory": "shape"}
-         for shape, number in CATEGORIES.items()]
+        [{"id": number, "name": name, "supercategory": "shape"}
+         for name, number in CATEGORIES.items()]
     )
     path.write_text(
         f'{{"videos": [\n{videos}\n],\n"categories": {categories},\n'

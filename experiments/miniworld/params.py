@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 
 # Raise it whenever rendering changes in any way: worlds of another version are never reused.
-RENDER_VERSION = 9
+RENDER_VERSION = 10
 
 
 @dataclass(frozen=True)

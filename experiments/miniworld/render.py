@@ -46,7 +46,7 @@ from .language import (
     sentence,
     still_caption,
 )
-from .lists import CATEGORIES, list_clips, list_stills, list_streams
+from .lists import category, list_clips, list_stills, list_streams
 from .params import RENDER_VERSION, WorldParams, seed_of, world_key
 from .scene import TEXTURES, Camera, draw
 from .script import Scene, Script, cast, place, write_ending, write_script, write_single
@@ -284,7 +284,7 @@ def _annotate(job: Job, script: Script, masks: np.ndarray) -> dict:
     items = [item for scene in script.scenes for item in scene.items]
     annotations = [
         instance(mask, id=job.video_id * 100 + number, video_id=job.video_id,
-                 category_id=CATEGORIES[item.shape], camouflaged=item.camouflaged)
+                 category_id=category(item), camouflaged=item.camouflaged)
         for number, (item, mask) in enumerate(zip(items, masks, strict=True))
     ]
     return {

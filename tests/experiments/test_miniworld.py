@@ -259,7 +259,8 @@ def test_instances_are_youtube_vis_and_never_overlap(world):
         document = json.loads(path.read_text())
         videos = {video["id"]: video for video in document["videos"]}
         categories = {category["id"]: category["name"] for category in document["categories"]}
-        assert sorted(categories.values()) == sorted(SHAPES)
+        looks = [*COLOURS, "hidden"]
+        assert sorted(categories.values()) == sorted(f"{look} shape" for look in looks)
         taken = {number: np.zeros((video["length"], 32, 32), int)
                  for number, video in videos.items()}
         assert len({a["id"] for a in document["annotations"]}) == len(document["annotations"])
@@ -345,7 +346,8 @@ def test_labels_of_instances_are_numbered_as_the_categories(world):
     labels = json.loads((world / "clips/instances_label2id.json").read_text())["MINIWORLD"]
     document = json.loads((world / "clips/instances_val.json").read_text())
     assert {c["name"]: c["id"] for c in document["categories"]} == labels
-    assert sorted(labels.values()) == list(range(1, len(SHAPES) + 1))  # 0 is background
+    # 0 is background, the last is hidden.
+    assert sorted(labels.values()) == list(range(1, len(COLOURS) + 2))
 
 
 def scene_of(items, poses, segments=()):

@@ -317,6 +317,9 @@ def test_instances(releases, truth, key, split):
         def number_of(thing, labels=labels):
             if key.endswith("coco") and thing["camouflaged"]:
                 return IGNORE  # a crowd
+            if key.startswith("world"):
+                look = "hidden" if thing["camouflaged"] else thing["colour"]
+                return labels.index(f"{look} shape")
             return labels.index(thing["name"] if key.endswith("lv_vis") else thing["shape"])
 
         wanted = wanted_masks(truth, record, frames, number_of)

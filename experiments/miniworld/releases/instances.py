@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco
 
-from experiments.miniworld.lists import CATEGORIES
 from experiments.miniworld.releases.source import (
     JPEG_QUALITY,
     SPLITS,
@@ -16,7 +15,7 @@ from experiments.miniworld.releases.source import (
     Video,
     place_images,
 )
-from experiments.miniworld.scene import COLOURS
+from experiments.miniworld.scene import COLOURS, SHAPES
 from experiments.miniworld.writers import write_json, write_still
 
 STEP = 5  # between the numbers of neighbouring pictures, as YouTube-VIS takes every fifth
@@ -24,11 +23,11 @@ STEP = 5  # between the numbers of neighbouring pictures, as YouTube-VIS takes e
 # LV-VIS, with more than a hundred classes: every look at every size.
 LOOKS = [
     *(f"{size}{colour} {shape}"
-      for shape in CATEGORIES for colour in COLOURS for size in ("", "small ", "large ")),
-    *(f"hidden {shape}" for shape in CATEGORIES),
+      for shape in SHAPES for colour in COLOURS for size in ("", "small ", "large ")),
+    *(f"hidden {shape}" for shape in SHAPES),
 ]  # fmt: skip
 # COCO's numbers have gaps.
-SPARSE = {shape: 2 * number + (number > 3) for shape, number in CATEGORIES.items()}
+SPARSE = {shape: 2 * number + (number > 3) for number, shape in enumerate(SHAPES, start=1)}
 
 _COMMON = {
     "objective": "instance_segmentation",
@@ -41,7 +40,7 @@ _COMMON = {
 def write_instances(source: Source, home: Path) -> dict[str, dict]:
     """The three data sets; the released layout is their own, with a label2id.json beside."""
     return {
-        "released/youtube_vis": _write_videos(source, home, "YoutubeVIS", _shape, list(CATEGORIES)),
+        "released/youtube_vis": _write_videos(source, home, "YoutubeVIS", _shape, list(SHAPES)),
         "released/lv_vis": _write_videos(source, home, "LVVIS", _look, LOOKS, compressed),
         "released/coco": write_coco(source, home / "COCOPseudoVIS"),
     }

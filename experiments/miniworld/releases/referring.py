@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from experiments.miniworld.lists import CATEGORIES, REFERRING
+from experiments.miniworld.lists import REFERRING
 from experiments.miniworld.releases.instances import STEP, compressed, picture, polygons
 from experiments.miniworld.releases.source import (
     JPEG_QUALITY,
@@ -19,6 +19,7 @@ from experiments.miniworld.releases.source import (
     place,
     place_images,
 )
+from experiments.miniworld.scene import SHAPES
 from experiments.miniworld.writers import write_csv, write_json, write_still
 
 # Colours of the objects in a PNG of masks; number 0 is nothing.
@@ -195,7 +196,7 @@ def write_refer_coco(source: Source, home: Path) -> dict[str, dict]:
         path = home / f"{split}_ReferCOCOPseudo.json"
         write_json(path, {"images": shown, "annotations": meant, "categories": []})
         released[split] = {"annotations": str(path), "root": str(root)}
-    categories = [{"id": number, "name": shape} for shape, number in CATEGORIES.items()]
+    categories = [{"id": number, "name": shape} for number, shape in enumerate(SHAPES, start=1)]
     write_json(
         home / "instances.json",
         {"images": images, "annotations": things, "categories": categories},
