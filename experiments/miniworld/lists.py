@@ -14,24 +14,22 @@ from .writers import write_csv, write_json, write_lines
 
 DATASET = "MINIWORLD"
 IGNORE_INDEX = -100  # no class is left out of the metric
-# What masks are told apart by: patches of this world are coarse for shapes and fine for colours, and
-# what is hidden shows by its motion alone.
+# What masks are told apart by: patches are coarse for shapes and fine for colours; what is hidden
+# shows by its motion alone.
 HIDDEN = "hidden shape"
 CATEGORIES = {
     name: number
     for number, name in enumerate([*(f"{colour} shape" for colour in COLOURS), HIDDEN], start=1)
 }
+WINDOWS = ("video_id", "start_second", "end_second", "text", "relevant_windows", "dataset")
+REFERRING = ("video_id", "text", "frames", "length", "obj_id", "anno_id")
+
+Done = Sequence[tuple[Job, dict]]
 
 
 def category(item: Item) -> int:
     """Number of an item's category, from 1."""
     return CATEGORIES[HIDDEN if item.camouflaged else f"{item.colour} shape"]
-
-
-WINDOWS = ("video_id", "start_second", "end_second", "text", "relevant_windows", "dataset")
-REFERRING = ("video_id", "text", "frames", "length", "obj_id", "anno_id")
-
-Done = Sequence[tuple[Job, dict]]
 
 
 def list_stills(home: Path, done: Done) -> None:
