@@ -190,6 +190,8 @@ class PretrainConfig:
     batch_size: clips per task, update and process.
     data_share: train on this share of the videos only, the same videos in every task that has them;
         a smaller share is part of every larger one. Validation is not cut.
+    sampler: "rounds" takes a mini-batch of every task for each update (`RoundSampler`); "balanced"
+        and "unique" are the released orders, of one batch size for all tasks (`ReleasedSampler`).
     long_share: share of mini-batches with ``long_frames`` frames a clip: train as you stream.
     cache_in_memory: keep decoded videos as uint8, for sets of small videos.
     num_workers: processes that read ahead while the step runs; 0 reads in between. With
@@ -212,6 +214,7 @@ class PretrainConfig:
     image_size: int | None = None
     batch_size: int = 16
     data_share: float = 1.0
+    sampler: Literal["rounds", "balanced", "unique"] = "rounds"
     long_share: float = 0.0
     long_frames: int = 0
     cache_in_memory: bool = False
@@ -244,6 +247,15 @@ class PretrainConfig:
                 f"cache_in_memory with num_workers={self.num_workers}: every worker would keep "
                 "its own copy of the videos; use one worker, or decode each time"
             )
+        _one_of("sampler", self.sampler, ("rounds", "balanced", "unique"))
+        if self.sampler != "rounds":
+            own = [name for name, task in self.tasks.items() if task.batch_size is not None]
+            if own or self.long_share:
+                named = f"batch_size of task {own[0]!r}" if own else "long_share"
+                raise ValueError(
+                    f"sampler={self.sampler!r} is the released order, in which all mini-batches "
+                    f"are of one size and length; leave out {named}, or use 'rounds'"
+                )
         if self.long_share and self.long_frames <= self.model.num_frames:
             raise ValueError(
                 f"long_share={self.long_share} needs long_frames={self.long_frames} above "

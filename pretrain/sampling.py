@@ -60,8 +60,7 @@ class RoundSampler:
     ) -> None:
         if not lengths:
             raise ValueError("no tasks to sample from")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} must lie in 0 to world_size - 1 = {world_size - 1}")
+        check_rank(rank, world_size)
         if not 0.0 <= long_share < 1.0:
             raise ValueError(f"long_share={long_share} must lie in 0 to 1, 1 excluded")
         if long_share and long_frames <= num_frames:
@@ -170,11 +169,21 @@ class RoundSampler:
 
     def load_state_dict(self, state: Mapping) -> None:
         """Go on at a saved position; refuses one of other data, seed or global batch."""
-        own = self.state_dict()
-        for key in own.keys() - {"round"}:
-            if state[key] != own[key]:
-                raise ValueError(
-                    f"the saved sampler has {key}={state[key]}, this run {own[key]}: a run resumes "
-                    "only with the same data, seed and global batch. Start it in a new folder"
-                )
-        self.round = state["round"]
+        self.round = resume_state(self.state_dict(), state)
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """Refuse a rank that does not exist."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank} must lie in 0 to world_size - 1 = {world_size - 1}")
+
+
+def resume_state(own: Mapping, saved: Mapping) -> int:
+    """The round of a sampler's saved state; refuses one that differs in anything else."""
+    for key in own.keys() - {"round"}:
+        if saved.get(key) != own[key]:
+            raise ValueError(
+                f"the saved sampler has {key}={saved.get(key)}, this run {own[key]}: a run resumes "
+                "only with the same data, seed and global batch. Start it in a new folder"
+            )
+    return saved["round"]

@@ -253,8 +253,7 @@ class _Run:
         rate = learning_rate(config.optim, update, self.clips_per_update)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        weights = [task.weight for task in config.tasks.values()]
-        turns, whole = self.sampler.turns, sum(weights) / len(weights) * self.sampler.turns
+        turns, whole = len(config.tasks), sum(task.weight for task in config.tasks.values())
         losses = []
         for turn in range(turns):
             begun = time.perf_counter()
@@ -290,8 +289,7 @@ class _Run:
     @property
     def clips_per_update(self) -> int:
         """Clips of all tasks and processes in one update."""
-        sizes = self.sampler.batch_size.values()
-        return sum(sizes) * self.sampler.turns // len(sizes) * self.sampler.world_size
+        return sum(self.sampler.batch_size.values()) * self.sampler.world_size
 
     def _loader(self) -> DataLoader:
         workers = self.config.num_workers
@@ -303,7 +301,7 @@ class _Run:
             num_workers=workers,
             # Some tasks take longer to read than others: two rounds are under way at any time.
             prefetch_factor=math.ceil(2 * len(self.datasets) / workers) if workers else None,
-            worker_init_fn=_outlive_sigterm,
+            worker_init_fn=_obey_parent_alone,
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
@@ -458,9 +456,22 @@ def _collate_task(items: list[tuple[str, Sample]], size: int) -> tuple[str, Batc
     return items[0][0], collate([sample for _, sample in items], size)
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """Workers read on when their group is told to stop: the update must end before it is saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _obey_parent_alone(worker: int) -> None:
+    """Let a worker of the loader read on when all processes of a job are told to stop.
+
+    The update that is under way must end before it can be saved. What its own process sends ends
+    the worker as ever.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def listen() -> None:
+        while True:
+            if signal.sigwaitinfo({signal.SIGTERM}).si_pid == os.getppid():
+                os._exit(0)
+
+    threading.Thread(target=listen, name="listen for SIGTERM", daemon=True).start()
 
 
 def _received(loader: DataLoader) -> Generator[tuple[str, Batch], None, None]:

@@ -42,6 +42,11 @@ def test_a_config_survives_json():
         ({"task__sampler": "x"}, "unknown key 'tasks.actions.sampler'; did you mean 'sampling'"),
         ({"optim": {}}, "missing key 'optim.updates'"),
         ({"tasks": {}}, "tasks is empty"),
+        ({"sampler": "random"}, "sampler='random' is unknown; use one of 'rounds', 'balanced'"),
+        (
+            {"sampler": "unique", "task__batch_size": 2},
+            "sampler='unique' is the released order.*leave out batch_size of task 'actions'",
+        ),
         ({"task__objective": "naming"}, "objective='naming' is unknown; use one of 'recognition'"),
         ({"task__reader": "imagenet"}, "reader='imagenet' is unknown"),
         ({"task__sampling": "all"}, "sampling='all' is unknown"),

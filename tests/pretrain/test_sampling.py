@@ -1,9 +1,11 @@
 """The sampler's promises: one task per batch, whole passes, ranks in step, exact resume."""
 
+import json
 from collections import Counter
 
 import pytest
 
+from pretrain.released_sampling import ReleasedSampler, repeats
 from pretrain.sampling import RoundSampler
 
 LENGTHS = {"large": 23, "small": 5, "tiny": 2}
@@ -135,3 +137,92 @@ def test_a_position_in_other_data_is_refused():
         RoundSampler({"a": 11}, 2).load_state_dict(state)
     with pytest.raises(ValueError, match="seed=0, this run 1"):
         RoundSampler({"a": 10}, 2, seed=1).load_state_dict(state)
+
+
+# -- released orders -------------------------------------------------------------------------------
+
+
+def released(golden):
+    """Cases of the goldens: our sampler for each rank, its epochs, and what they should be."""
+    cases = json.loads((golden / "pretraining/samplers.json").read_text())["cases"]
+    return {f"{case['sampler']}-{case['name']}": case for case in cases}
+
+
+CASES = {
+    "balanced-equal": None,
+    "balanced-double": None,
+    "balanced-longer_first_overrun": None,
+    "balanced-two_ranks": None,
+    "unique-basic": None,
+    "unique-two_ranks": None,
+    "balanced-longer_last_crash": "task 'taskA' has 10 batches, no multiple of 3, and is the last",
+    "balanced-tiny_task_mixed": "task 'taskA' has 3 clips, less than a batch of 4",
+    "unique-tiny_task_mixed": "task 'taskA' has 3 clips, less than a batch of 4",
+}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", CASES)
+def test_released_orders_are_reproduced_where_they_are_valid(golden, name):
+    case, error = released(golden)[name], CASES[name]
+    starts, start = {}, 0
+    for task, length in case["tasks"].items():
+        starts[task], start = start, start + length
+    for rank, expected in enumerate(case["ranks"]):
+        arguments = {"length_scale": None, "rank": rank, "world_size": case["world_size"]}
+        arguments |= {"rule": case["sampler"], "batch_size": case["batch_size"]}
+        if error is not None:
+            with pytest.raises(ValueError, match=error):
+                ReleasedSampler(case["tasks"], **arguments)
+            continue
+        sampler = ReleasedSampler(case["tasks"], **arguments)
+        found = sampler.epochs([epoch["epoch"] for epoch in expected])
+        for epoch, batches in zip(expected, found, strict=True):
+            numbers = [[starts[task] + clip for clip in clips] for task, clips in batches]
+            assert numbers == epoch["batches"]
+
+
+@pytest.mark.golden
+def test_no_case_of_the_goldens_is_left_out(golden):
+    assert set(released(golden)) == set(CASES)
+
+
+@pytest.mark.golden
+def test_tasks_are_repeated_as_released(golden):
+    for case in json.loads((golden / "pretraining/sampling.json").read_text())["task_balancing"]:
+        lengths = {str(i): length for i, length in enumerate(case["lengths"])}
+        times = repeats(lengths, case["scale"])
+        assert [lengths[task] * times[task] for task in lengths] == case["after"]
+
+
+@pytest.mark.parametrize("rule", ["balanced", "unique"])
+def test_a_released_sampler_resumes_and_keeps_ranks_in_step(rule):
+    lengths = {"large": 24, "small": 12, "tiny": 5}
+
+    def make(rank=0, world_size=1, size=4):
+        return ReleasedSampler(
+            lengths, size, rule, num_frames=8, seed=5, rank=rank, world_size=world_size
+        )
+
+    straight, count = make(), 3 * (2 * len(make()) + 2)  # into the third epoch
+    expected = [batch for _, batch in zip(range(count), straight.batches(), strict=False)]
+    assert all(len({task for task, _ in batch}) == 1 for batch in expected)
+    assert all(0 <= d.index < lengths[t] and d.num_frames == 8 for b in expected for t, d in b)
+    first, resumed = make(), make()
+    first.round = len(make()) + 1
+    resumed.load_state_dict(first.state_dict())
+    tail = [batch for _, batch in zip(range(count - 3 * first.round), resumed.batches(),
+                                      strict=False)]  # fmt: skip
+    assert tail == expected[3 * first.round :]
+    ranks = [make(rank, 2, 2).batches() for rank in range(2)]
+    for batch in expected[:10]:
+        parts = [next(stream) for stream in ranks]
+        assert [item for pair in zip(*parts, strict=True) for item in pair] == batch
+    with pytest.raises(ValueError, match="rule=balanced, this run unique|rule=unique, this run ba"):
+        other = {"balanced": "unique", "unique": "balanced"}[rule]
+        ReleasedSampler(lengths, 4, other, seed=5).load_state_dict(first.state_dict())
+
+
+def test_an_unknown_released_order_is_refused():
+    with pytest.raises(ValueError, match="no released sampler 'random'; use 'balanced'"):
+        ReleasedSampler({"a": 8}, 2, "random")

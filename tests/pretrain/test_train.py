@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from backbone import StreamformerModel, build_encoder
 from pretrain import train
+from pretrain.datasets import VideoDataset
 from pretrain.datasets.decode import ClipError
 from pretrain.train import Interrupted
 
@@ -32,6 +34,7 @@ def assert_same_weights(one, other):
 
 def stop_at(monkeypatch, update):
     """Deliver SIGTERM to this process once ``update`` updates are done."""
+    from pretrain.released_sampling import ReleasedSampler
     from pretrain.sampling import RoundSampler
 
     def advance(self, value):
@@ -40,7 +43,8 @@ def stop_at(monkeypatch, update):
             os.kill(os.getpid(), signal.SIGTERM)
 
     position = property(lambda self: self.__dict__["round"], advance)
-    monkeypatch.setattr(RoundSampler, "round", position, raising=False)
+    for sampler in (RoundSampler, ReleasedSampler):
+        monkeypatch.setattr(sampler, "round", position, raising=False)
 
 
 def test_a_run_learns_and_leaves_a_model_that_loads(config):
@@ -78,8 +82,9 @@ def test_a_finished_run_is_not_run_again_and_another_config_is_refused(config):
         {},
         {"model__lora_rank": 2, "model__shared_scale": False, "optim__clip_norm": 1.0},
         {"long_share": 0.3, "long_frames": 12, "model__window": 4, "cache_in_memory": False},
+        {"sampler": "balanced", "num_workers": 1},
     ],
-    ids=["default", "lora", "long"],
+    ids=["default", "lora", "long", "released"],
 )
 def test_an_interrupted_run_ends_in_the_very_same_weights(config, tmp_path, monkeypatch, changes):
     straight = train(config(output=str(tmp_path / "straight"), **changes), progress=False)
@@ -113,6 +118,43 @@ def test_workers_read_the_same_clips(config, tmp_path):
         updates=3, output=str(tmp_path / "helped"), cache_in_memory=False, num_workers=2
     )
     assert_same_weights(alone, train(helped, progress=False))
+    remembering = config(updates=3, output=str(tmp_path / "remembering"), num_workers=1)
+    assert_same_weights(alone, train(remembering, progress=False))
+
+
+def test_what_goes_wrong_in_a_worker_is_raised_and_the_run_can_go_on(config, monkeypatch):
+    def fail(self, key):
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoDataset, "__getitem__", fail)
+        with pytest.raises(OSError, match="the disk is gone"):
+            train(config(updates=2, num_workers=1), progress=False)
+    assert not [t for t in threading.enumerate() if t.name == "receive batches"]
+    assert (train(config(updates=2, num_workers=1), progress=False) / "metrics.json").is_file()
+
+
+def test_a_key_that_is_new_since_a_run_had_its_default_then(config):
+    output = train(config(updates=2), progress=False)
+    saved = json.loads((output / "pretrain.json").read_text())
+    assert saved.pop("sharded") is False
+    (output / "pretrain.json").write_text(json.dumps(saved))
+    assert train(config(updates=2), progress=False) == output
+    with pytest.raises(ValueError, match="another config: sharded was False and is now True"):
+        train(config(updates=2, sharded=True), progress=False)
+
+
+def test_losses_and_metrics_reach_the_trackers(config):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = config(updates=4, eval_every=2, trackers=["tensorboard"])
+    output = train(run, progress=False)
+    events = accumulator.EventAccumulator(str(output / "pretrain"))
+    events.Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss/actions")]
+    assert [step for step, _ in losses] == [1, 2, 3, 4]
+    logged = [line["loss"]["actions"] for line in log_of(output) if "loss" in line]
+    assert [value for _, value in losses] == pytest.approx(logged)
+    assert len(events.Scalars("zero_shot/moments/mAP")) == 1
 
 
 @pytest.mark.parametrize(
@@ -122,6 +164,7 @@ def test_workers_read_the_same_clips(config, tmp_path):
         {"model__gradient_checkpointing": True},
         {"model__temporal_attention": False},
         {"model__freeze": "image"},
+        {"sampler": "unique"},
     ],
     ids=lambda changes: next(iter(changes)),
 )
