@@ -73,14 +73,17 @@ def render_world(root: Path | str, params: WorldParams, workers: int | None = No
         logger.info("miniworld: reusing %s", world)
         return world
     root.mkdir(parents=True, exist_ok=True)
-    with _appearing(world) as folder:
+    with appearing(world) as folder:
         _render(folder, params, workers or cores())
     return world
 
 
 @contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A folder beside the wanted one, renamed to it at the end, removed if anything fails."""
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder beside the wanted one, renamed to it at the end, removed if anything fails.
+
+    It is whole when it holds a ``world.json``, so write that.
+    """
     partial_folder = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield partial_folder
@@ -103,7 +106,7 @@ def _render(root: Path, params: WorldParams, workers: int) -> None:
         (root / folder).mkdir(parents=True)
     work = partial(_perform, params=params, root=root)
     records = []
-    with _mapper(workers) as run, tqdm(
+    with mapper(workers) as run, tqdm(
         total=sum(job.frames for job in jobs), desc="miniworld", unit="frame", mininterval=1
     ) as bar:
         for job, record in zip(jobs, run(work, jobs), strict=True):
@@ -129,7 +132,7 @@ def _render(root: Path, params: WorldParams, workers: int) -> None:
 
 
 @contextmanager
-def _mapper(workers: int):
+def mapper(workers: int):
     """An ordered map over this process or over a pool of spawned ones."""
     if workers == 1:
         yield map

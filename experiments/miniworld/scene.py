@@ -66,12 +66,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Camera:
-    """What happens between the world and the file: shake, flicker and noise (see WorldParams)."""
+    """What happens between the world and the file: shake, flicker and noise (see WorldParams).
+
+    ``scale`` is how many times larger than in frames of 32 pixels textures are drawn; None: as many
+    times as the frame is.
+    """
 
     size: int
     jitter: float = 0.0
     flicker: float = 0.0
     noise: float = 0.0
+    scale: float | None = None
 
 
 def texture(kind: str, side: int, scale: float, rng: np.random.Generator) -> np.ndarray:
@@ -130,7 +135,7 @@ def draw(
     of each item ``(K, T, S, S)`` bool, occlusion respected.
     """
     frames, size = tracks.shape[1], camera.size
-    scale = size / 32
+    scale = camera.scale or size / 32
     margin = 2 + int(np.ceil(4 * camera.jitter))
     side = 2 * size + 2 * margin
     canvas = texture(background, side, scale, rng)

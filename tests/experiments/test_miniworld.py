@@ -155,7 +155,7 @@ def test_an_interrupted_render_leaves_nothing(tmp_path, monkeypatch, error):
 
 def test_the_faster_of_two_renders_wins(tmp_path):
     world = tmp_path / "world"
-    with rendering._appearing(world) as slower:
+    with rendering.appearing(world) as slower:
         (slower / "world.json").write_text("slower")
         world.mkdir()
         (world / "world.json").write_text("faster")
