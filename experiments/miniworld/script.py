@@ -90,11 +90,19 @@ def actions_for(frames: int, params: WorldParams) -> int:
 
 
 def write_script(
-    rng: Random, frames: int, actions: Sequence[str], params: WorldParams, overlap: float = 0.0
+    rng: Random,
+    frames: int,
+    actions: Sequence[str],
+    params: WorldParams,
+    overlap: float = 0.0,
+    shapes: Sequence[int] = SHAPE_COUNTS,
 ) -> Script:
-    """A video of several actions with rests between them, cut into scenes if it is long."""
+    """A video of several actions with rests between them, cut into scenes if it is long.
+
+    A draw of ``shapes`` gives the number of shapes of a scene, if its actions need no more.
+    """
     slots = timetable(rng, frames, len(actions), params, overlap)
-    return _stage(rng, frames, slots, list(actions), params)
+    return _stage(rng, frames, slots, list(actions), params, shapes)
 
 
 def write_ending(rng: Random, frames: int, action: str, params: WorldParams) -> Script:
@@ -141,7 +149,12 @@ def timetable(
 
 
 def _stage(
-    rng: Random, frames: int, slots: list[Slot], actions: list[str], params: WorldParams
+    rng: Random,
+    frames: int,
+    slots: list[Slot],
+    actions: list[str],
+    params: WorldParams,
+    shapes: Sequence[int] = SHAPE_COUNTS,
 ) -> Script:
     """Split the slots into scenes and fill each of them with shapes."""
     scenes, first = [], 0
@@ -150,7 +163,7 @@ def _stage(
         here = [slot for slot in slots if start <= slot.start < end]
         names = actions[first : first + len(here)]
         first += len(here)
-        scenes.append(_fill(rng, start, end, here, names, params))
+        scenes.append(_fill(rng, start, end, here, names, params, shapes))
     return Script(tuple(scenes))
 
 
@@ -178,10 +191,16 @@ def _cuts(rng: Random, frames: int, slots: list[Slot], params: WorldParams) -> l
 
 
 def _fill(
-    rng: Random, start: int, end: int, slots: list[Slot], actions: list[str], params: WorldParams
+    rng: Random,
+    start: int,
+    end: int,
+    slots: list[Slot],
+    actions: list[str],
+    params: WorldParams,
+    shapes: Sequence[int],
 ) -> Scene:
     for _ in range(ATTEMPTS):
-        scene = _try_fill(rng, start, end, slots, actions, params)
+        scene = _try_fill(rng, start, end, slots, actions, params, shapes)
         if scene is not None:
             return scene
     raise RuntimeError(
@@ -192,10 +211,16 @@ def _fill(
 
 
 def _try_fill(
-    rng: Random, start: int, end: int, slots: list[Slot], actions: list[str], params: WorldParams
+    rng: Random,
+    start: int,
+    end: int,
+    slots: list[Slot],
+    actions: list[str],
+    params: WorldParams,
+    shapes: Sequence[int],
 ) -> Scene | None:
     size = params.frame_size
-    count = max(rng.choice(SHAPE_COUNTS), *(ACTIONS[name].company for name in actions), 1)
+    count = max(rng.choice(shapes), *(ACTIONS[name].company for name in actions), 1)
     items = cast(rng, count, params.camouflaged)
     poses = place(rng, count, size)
     if poses is None:
