@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 ROOT = "{root}"  # in the arguments of readers
 NOT_RUN = ("output", "tasks", "model", "optim", "device")  # of PretrainConfig, set elsewhere
 UNKNOWN_SIGLIP = "siglip"  # stands for a model that is made later
+PATIENCE = timedelta(hours=2)  # of processes that wait while one prepares or measures
 
 
 @dataclass(frozen=True)
@@ -189,16 +191,20 @@ def rank() -> int:
 
 
 def in_one_process_first(work: Callable[[], Any], device: str) -> Any:
-    """Let the main process of ``torchrun`` or ``accelerate launch`` do ``work`` before the others.
+    """Let one process of each machine do ``work`` before the others of ``torchrun`` do.
 
-    What it makes lies on disk then, and the others find it. Alone, it is just done.
+    What it makes lies on disk then, and the others find it. It works before the processes have met:
+    what it calls may start processes of its own, and must not take the others for these. Started
+    alone, it is just done.
     """
     if not launched():
         return work()
     from accelerate import PartialState
 
-    with PartialState(cpu=device == "cpu").main_process_first():
-        return work()
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    made = work() if first else None
+    PartialState(cpu=device == "cpu", timeout=PATIENCE).wait_for_everyone()
+    return made if first else work()
 
 
 def train(settings: Any, processes: int = 1) -> Path:
