@@ -51,7 +51,7 @@ class ClipAugmentation:
         for name in ("crop", "flip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"augmentation {name}={getattr(self, name)} is no probability")
-        if not self.sizes or min(*self.sizes, *self.crop_scales, self.max_size, 9999) < 1:
+        if not self.sizes or min((*self.sizes, *self.crop_scales, self.max_size)) < 1:
             raise ValueError(
                 f"augmentation sizes={self.sizes}, crop_scales={self.crop_scales}, "
                 f"max_size={self.max_size}: needs at least one size, and all above 0"

@@ -38,7 +38,7 @@ from pycocotools import mask as coco
 
 from backbone.files import read_json, write_json
 from integrations.ovis.layout import check_document, check_track
-from integrations.ovis.rle import areas, compress
+from integrations.ovis.rle import areas, check_cover, compress
 
 STATISTICS = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
@@ -269,7 +269,11 @@ def _tracks(items: Sequence[Mapping], size: tuple[int, int], kind: str) -> _Trac
     masks = []
     for number, item in enumerate(items):
         where = f"{kind} {item.get('id', number)}"
-        masks.append([compress(m, size, where, n) for n, m in enumerate(item["segmentations"])])
+        row = [compress(m, size, where, n) for n, m in enumerate(item["segmentations"])]
+        first = next((n for n, mask in enumerate(row) if mask), None)
+        if first is not None:  # whoever writes masks of another size does so everywhere
+            check_cover(row[first], size, where, first)
+        masks.append(row)
     frames = len(masks[0]) if masks else 0
     flat = [mask for row in masks for mask in row]
     seen = np.array([mask is not None for mask in flat], bool)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmengine.evaluator import BaseMetric
 from mmengine.registry import METRICS
 
-from backbone.files import write_json
+from backbone.files import write_text
 from integrations.ovis.evaluation import NOTHING, evaluate
 from integrations.ovis.model import VideoPrediction
 
@@ -28,7 +29,7 @@ class TrackAP(BaseMetric):
     Args:
         groups: field of an annotation by name of a group: objects that have it are looked at apart,
             such as ``{"camouflaged": "camouflaged"}``.
-        out: file for the predictions, as a submission holds them.
+        out: JSON file for the predictions, which ``evaluation`` and ``submission`` read.
         collect_device: how ranks share their results, "cpu" or "gpu".
     """
 
@@ -59,7 +60,7 @@ class TrackAP(BaseMetric):
             )
         predictions = [item for video in results for item in video]
         if self.out:
-            write_json(self.out, predictions)
+            write_text(self.out, json.dumps(predictions, allow_nan=False))
         scores = evaluate(document, predictions)
         anything = evaluate(document, predictions, categories=False)
         names = {item["id"]: item["name"] for item in document["categories"]}

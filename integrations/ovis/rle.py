@@ -75,14 +75,28 @@ def decode(
         packed = compress(segmentation, size, where, first + frame)
         if packed is None:
             continue
-        try:
-            masks[frame] = coco.decode([packed])[..., 0]
-        except ValueError as error:
-            raise MaskError(
-                f"{_place(where, first + frame)}: the compressed counts do not fill "
-                f"{_named(size)} ({error})"
-            ) from error
+        check_cover(packed, size, where, first + frame)
+        masks[frame] = coco.decode([packed])[..., 0]
     return masks
+
+
+def check_cover(packed: Mapping, size: tuple[int, int], where: str, frame: int) -> None:
+    """Compare compressed run lengths with their size, which pycocotools takes on trust.
+
+    Raises:
+        MaskError: they cover more or less.
+    """
+    text = packed["counts"]
+    try:
+        covered = _covered(text.encode("ascii") if isinstance(text, str) else text)
+    except (ValueError, IndexError):
+        covered = None
+    if covered != size[0] * size[1]:
+        raise MaskError(
+            f"{_place(where, frame)}: the compressed counts cover "
+            f"{'nothing readable' if covered is None else f'{covered} pixels'}, but "
+            f"{_named(size)} are {size[0] * size[1]}"
+        )
 
 
 def encode(masks: np.ndarray) -> list[dict | None]:
@@ -127,6 +141,22 @@ def _from_polygons(polygons: list, size: tuple[int, int], where: str) -> dict | 
             f"{where}: polygon {str(short[0])[:60]} is not a list of three or more points x, y"
         )
     return coco.merge(coco.frPyObjects(polygons, *size))
+
+
+def _covered(text: bytes) -> int:
+    """Sum of compressed run lengths.
+
+    A number is a row of characters of five bits each, the lowest first, 32 added to all but the
+    last, whose highest bit is the sign; from the fourth on they are differences to the one before
+    the last.
+    """
+    raw = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(raw < 32)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    shifts = 5 * (np.arange(len(raw)) - np.repeat(starts, ends - starts + 1))
+    numbers = np.add.reduceat((raw & 31) << shifts, starts)
+    numbers -= (raw[ends] & 16) // 16 << shifts[ends] + 5
+    return int(numbers[0] + numbers[1::2].cumsum().sum() + numbers[2::2].cumsum().sum())
 
 
 def _place(where: str, frame: int | None) -> str:

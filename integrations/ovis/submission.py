@@ -21,7 +21,7 @@ from typing import Any
 from backbone.files import read_json, replacing
 from integrations.ovis.evaluation import read_predictions
 from integrations.ovis.layout import LayoutError, check_document, check_track
-from integrations.ovis.rle import compress
+from integrations.ovis.rle import check_cover, compress
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,9 @@ def _entry(item: Mapping, where: str, videos: Mapping, categories: set) -> dict[
     video = videos[item["video_id"]]
     size = (video["height"], video["width"])
     masks = [compress(mask, size, where, n) for n, mask in enumerate(item["segmentations"])]
+    for number, mask in enumerate(masks):
+        if mask:
+            check_cover(mask, size, where, number)
     return {
         "video_id": item["video_id"],
         "category_id": item["category_id"],

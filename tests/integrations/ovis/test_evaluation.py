@@ -285,6 +285,8 @@ def test_only_the_best_hundred_of_a_video_and_category_count():
          "prediction 0, frame 0: the mask is 16 x 12"),
         ({"segmentations": [None, {"size": [12, 16], "counts": [100]}]}, MaskError,
          "prediction 0, frame 1: run lengths cover 100 pixels"),
+        ({"segmentations": [None, {"size": [12, 16], "counts": "d0"}]}, MaskError,
+         "prediction 0, frame 1: the compressed counts cover 20 pixels"),
     ],
 )  # fmt: skip
 def test_refuses_predictions_that_do_not_fit(changes, kind, message):
