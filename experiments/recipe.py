@@ -11,8 +11,11 @@ first use from the sections ``world`` and ``mini_siglip``.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -210,25 +213,49 @@ def in_one_process_first(work: Callable[[], Any], device: str) -> Any:
 def train(settings: Any, processes: int = 1) -> Path:
     """Train, in ``processes`` of our own unless several were launched already.
 
+    SIGTERM reaches all of them: they save where they are, and this process ends with 143.
+
     Raises:
         UserError: what ``pretrain.train`` refuses, from whichever process.
     """
-    from torch.multiprocessing import ProcessRaisedException
+    from torch.multiprocessing import ProcessExitedException
 
     from pretrain import train as fit
     from pretrain.datasets.decode import ClipError
     from pretrain.launch import run_processes
 
+    refusals = (ValueError, ClipError, FloatingPointError)
+    alone = processes == 1 or launched()
     try:
-        if launched():
+        if alone:
             fit(settings)
         else:
-            run_processes(fit, settings, processes=processes)
-    except (ValueError, ClipError, FloatingPointError) as error:
+            with _passing_on_sigterm():
+                run_processes(fit, settings, processes=processes)
+    except refusals as error:
         raise UserError(str(error)) from error
-    except ProcessRaisedException as error:
-        kind, _, text = str(error).strip().rpartition("\n")[2].partition(": ")
-        if kind.rpartition(".")[2] in ("ValueError", "ClipError", "FloatingPointError"):
-            raise UserError(text) from error
+    except ProcessExitedException as error:
+        if error.exit_code in (128 + signal.SIGTERM, -signal.SIGTERM):
+            raise SystemExit(128 + signal.SIGTERM) from error
         raise
+    except RuntimeError as error:  # of another process: its traceback ends with what it refused
+        kind, _, text = str(error).strip().rpartition("\n")[2].partition(": ")
+        if alone or kind.rpartition(".")[2] not in {refusal.__name__ for refusal in refusals}:
+            raise
+        raise UserError(text) from error
     return Path(settings.output)
+
+
+@contextmanager
+def _passing_on_sigterm() -> Iterator[None]:
+    """Hand SIGTERM on to the processes that this one has started."""
+
+    def pass_on(number: int, frame: Any) -> None:
+        for child in multiprocessing.active_children():
+            child.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

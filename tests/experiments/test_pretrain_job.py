@@ -245,6 +245,31 @@ def test_a_killed_run_goes_on_to_the_same_weights(work, tmp_path):
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+@pytest.mark.job
+def test_a_refusal_of_two_processes_is_one_line(work, tmp_path):
+    folder, _ = work
+    values = {**SMALL, "launch.processes": 2, "optim.lr": 0.5}
+    with pytest.raises(UserError, match="^.*model holds a run of another config: .* or delete it$"):
+        main(["pretrain", "--work-dir", str(folder), *given(values)])
+
+
+@pytest.mark.job
+def test_sigterm_reaches_both_processes_which_save_and_go_on_later(work, tmp_path):
+    folder, _ = work
+    for part in ("miniworld", "encoders"):
+        (tmp_path / part).symlink_to(folder / part)
+    values = {"launch.processes": 2, "run.eval_every": 0, "optim.updates": 400}
+    process = call(tmp_path, sys.executable, **values)
+    log, deadline = tmp_path / "model" / "log.jsonl", time.monotonic() + 300
+    while not log.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors[-3000:]
+    (state,) = (tmp_path / "model" / "checkpoints").glob("*/state.json")
+    assert 2 <= json.loads(state.read_text())["update"] < 400
+
+
 STUDY = {
     **SMALL,
     "run.eval_every": 0,

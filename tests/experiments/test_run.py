@@ -42,10 +42,11 @@ def test_an_unknown_verb_names_the_nearest():
         main(["detct"])
 
 
-def test_help_imports_no_framework():
+@pytest.mark.parametrize("verb", ["oad", "pretrain", "ablation", "check-data", "align"])
+def test_help_imports_no_framework(verb):
     code = (
         "import sys, runpy\n"
-        f"sys.argv = ['run.py', 'oad', '--help']; sys.path[0] = {str(ROOT / 'experiments')!r}\n"
+        f"sys.argv = ['run.py', {verb!r}, '--help']; sys.path[0] = {str(ROOT / 'experiments')!r}\n"
         "try: runpy.run_path(sys.path[0] + '/run.py', run_name='__main__')\n"
         "except SystemExit as stop: assert not stop.code, stop.code\n"
         "heavy = {'torch', 'mmengine', 'mmaction', 'mmcv', 'cv2', 'transformers', 'matplotlib'}\n"
