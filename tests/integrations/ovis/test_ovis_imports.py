@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 PURE = [
-    "adapter", "contrastive", "criterion", "deformable", "head", "online", "postprocess",
-    "tracker", "weights",
+    "adapter", "augment", "contrastive", "criterion", "data", "deformable", "evaluation", "head",
+    "layout", "online", "postprocess", "rle", "submission", "tracker", "weights",
 ]  # fmt: skip
 FOREIGN = ["mmengine", "mmaction", "detectron2", "pretrain", "experiments", "integrations.oad"]
 
