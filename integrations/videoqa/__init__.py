@@ -1,0 +1,1 @@
+"""Video question answering: a causal language model that sees through the frozen encoder."""
