@@ -1,4 +1,4 @@
-"""StreamFormer's pretraining: seven tasks over nineteen data sets, some million clips, ViT-B at 224.
+"""StreamFormer's pretraining: seven tasks over nineteen data sets, a million clips, ViT-B at 224.
 
 Annotations in the layout of the authors' release, below one root (docs/pretraining.md shows it):
 
