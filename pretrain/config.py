@@ -192,6 +192,8 @@ class PretrainConfig:
         a smaller share is part of every larger one. Validation is not cut.
     sampler: "rounds" takes a mini-batch of every task for each update (`RoundSampler`); "balanced"
         and "unique" are the released orders, of one batch size for all tasks (`ReleasedSampler`).
+    joint_rounds: encode the clips of an update's mini-batches together: the same gradients for
+        more memory, and quicker where the model is small.
     long_share: share of mini-batches with ``long_frames`` frames a clip: train as you stream.
     cache_in_memory: keep decoded videos as uint8, for sets of small videos.
     num_workers: processes that read ahead while the step runs; 0 reads in between. With
@@ -215,6 +217,7 @@ class PretrainConfig:
     batch_size: int = 16
     data_share: float = 1.0
     sampler: Literal["rounds", "balanced", "unique"] = "rounds"
+    joint_rounds: bool = False
     long_share: float = 0.0
     long_frames: int = 0
     cache_in_memory: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +57,29 @@ class MultitaskModel(nn.Module):
             output.last_hidden_state, output.pooler_output, head=self.backbone.head
         )
 
-    def forward(self, batch: Batch, task: str) -> Tensor:
-        """The alignment loss of a batch of ``task``, a scalar in float32."""
-        features = self.encode(batch.frames)
+    def forward(self, batches: Sequence[tuple[str, Batch]]) -> Tensor:
+        """The alignment losses of batches of tasks, (len(batches),) in float32.
+
+        Clips of one shape go through the encoder together.
+        """
+        return torch.stack(
+            [
+                self._loss(task, batch, features)
+                for (task, batch), features in zip(batches, self._features(batches), strict=True)
+            ]
+        )
+
+    def _features(self, batches: Sequence[tuple[str, Batch]]) -> list[FrameFeatures]:
+        """Features of every batch."""
+        shapes = [batch.frames.shape[1:] for _, batch in batches]
+        if len(set(shapes)) > 1 or len(batches) == 1:
+            return [self.encode(batch.frames) for _, batch in batches]
+        whole = self.encode(torch.cat([batch.frames for _, batch in batches]))
+        sizes = [len(batch.frames) for _, batch in batches]
+        parts = zip(whole.patch_tokens.split(sizes), whole.frame_embeddings.split(sizes), strict=True)
+        return [FrameFeatures(*part, head=whole.head) for part in parts]
+
+    def _loss(self, task: str, batch: Batch, features: FrameFeatures) -> Tensor:
         with torch.autocast(batch.frames.device.type, torch.bfloat16, enabled=self.bf16):
             aligned = self.objectives[task](features, batch, self.tower)
         entry = list(self.objectives).index(task) if len(self.bias) > 1 else 0

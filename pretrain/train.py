@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import json
 import logging
 import math
 import os
+import platform
 import shutil
 import signal
 import threading
@@ -55,6 +57,8 @@ from pretrain.sampling import RoundSampler
 from pretrain.text import load_siglip_text
 
 logger = logging.getLogger(__name__)
+
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 METRICS_FILE, LOG_FILE = "metrics.json", "log.jsonl"
 
@@ -135,7 +139,7 @@ class _Run:
         )
         freeze(backbone, config.model.freeze)
         if config.model.gradient_checkpointing:
-            _recompute_layers(backbone)
+            _recompute_layers(backbone, accelerator.device)
         self._read_data(config.image_size or backbone.config.image_size)
         assemble = partial(
             MultitaskModel,
@@ -254,19 +258,22 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         turns, whole = len(config.tasks), sum(task.weight for task in config.tasks.values())
-        losses = []
-        for turn in range(turns):
+        losses, at_once = [], turns if config.joint_rounds else 1
+        for first in range(0, turns, at_once):
             begun = time.perf_counter()
-            name, batch = next(batches)
+            found = [next(batches) for _ in range(at_once)]
             window.waited += time.perf_counter() - begun
-            self.ledger.record(len(batch.entries), batch.errors)
+            for _, batch in found:
+                self.ledger.record(len(batch.entries), batch.errors)
             begun = time.perf_counter()
+            names = [name for name, _ in found]
+            shares = torch.tensor([config.tasks[name].weight / whole for name in names])
             # Processes exchange gradients once, with the round's last mini-batch.
-            exchange = turn == turns - 1
+            exchange = first + at_once == turns
             with contextlib.nullcontext() if exchange else accelerator.no_sync(self.model):
-                loss = self.model(batch.to(accelerator.device), name)
-                accelerator.backward(loss * (config.tasks[name].weight / whole))
-            losses.append((name, loss.detach()))
+                each = self.model([(name, batch.to(accelerator.device)) for name, batch in found])
+                accelerator.backward((each * shares.to(each.device)).sum())
+            losses += zip(names, each.detach(), strict=True)
             window.learned += time.perf_counter() - begun
         begun = time.perf_counter()
         values = torch.stack([loss for _, loss in losses]).tolist()  # the one wait for the device
@@ -424,11 +431,14 @@ class _Run:
         )
 
 
-def _recompute_layers(backbone: StreamformerModel) -> None:
+def _recompute_layers(backbone: StreamformerModel, device: torch.device) -> None:
     """Keep no activations inside layers; the backward pass computes them again."""
     old = backbone.gradient_checkpointing_enable  # its name before transformers 5.23
     enable = getattr(backbone, "activation_checkpointing_enable", old)
     enable({"use_reentrant": False})
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        # glibc keeps freed blocks of up to 32 MB, and so nearly all that was saved; return them.
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 class _Mixture(Dataset):
