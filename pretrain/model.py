@@ -76,8 +76,8 @@ class MultitaskModel(nn.Module):
             return [self.encode(batch.frames) for _, batch in batches]
         whole = self.encode(torch.cat([batch.frames for _, batch in batches]))
         sizes = [len(batch.frames) for _, batch in batches]
-        parts = zip(whole.patch_tokens.split(sizes), whole.frame_embeddings.split(sizes), strict=True)
-        return [FrameFeatures(*part, head=whole.head) for part in parts]
+        patches, frames = whole.patch_tokens.split(sizes), whole.frame_embeddings.split(sizes)
+        return [FrameFeatures(*part, head=whole.head) for part in zip(patches, frames, strict=True)]
 
     def _loss(self, task: str, batch: Batch, features: FrameFeatures) -> Tensor:
         with torch.autocast(batch.frames.device.type, torch.bfloat16, enabled=self.bf16):

@@ -72,20 +72,20 @@ def widen_scalars(model: nn.Module) -> None:
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All weights by name, on the CPU, in the first process; nothing in the others.
+    """All weights by name: the model's own tensors, or shards put together in the first process.
 
-    Every process has to call.
+    Every process has to call; of shards the others get nothing.
     """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    return get_model_state_dict(model, options=_whole())
+    return get_model_state_dict(model, options=_whole(model))
 
 
 def whole_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """The optimizer's state by names of weights, as `whole_weights`."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    return get_optimizer_state_dict(model, _plain(optimizer), options=_whole())
+    return get_optimizer_state_dict(model, _plain(optimizer), options=_whole(model))
 
 
 def load_whole(
@@ -98,14 +98,15 @@ def load_whole(
     )
 
     # Weights last: to have moments to load into, torch takes a step of rate 0 first.
-    set_optimizer_state_dict(model, _plain(optimizer), moments, options=_whole())
-    set_model_state_dict(model, weights, options=_whole())
+    set_optimizer_state_dict(model, _plain(optimizer), moments, options=_whole(model))
+    set_model_state_dict(model, weights, options=_whole(model))
 
 
-def _whole():
+def _whole(model: nn.Module):
     from torch.distributed.checkpoint.state_dict import StateDictOptions
+    from torch.distributed.fsdp import FSDPModule
 
-    return StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return StateDictOptions(full_state_dict=True, cpu_offload=isinstance(model, FSDPModule))
 
 
 def _plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -123,12 +123,15 @@ def test_two_processes_train_as_one_with_the_double_batch(config, six_tasks, tmp
         tasks = {name: six_tasks[name] | change.get("task", {})}
         pairs[f"{name}-released"] = pair(f"{name}-released", tasks, **model)
     pairs["all"] = pair("all", six_tasks, model__shared_scale=False, model__lora_rank=2)
+    pairs["joint"] = pair("joint", six_tasks, joint_rounds=True)
+    apart = pair("apart", six_tasks)[0]
     running = launch(tmp_path, [two for _, two in pairs.values()], 2)
     for one, _ in pairs.values():
         train(one, progress=False)
     finish(running)
     for one, two in pairs.values():
         assert_near(one.output, two.output)
+    assert_near(train(apart, progress=False), pairs["joint"][0].output)
 
 
 @pytest.mark.job

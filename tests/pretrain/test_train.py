@@ -83,8 +83,9 @@ def test_a_finished_run_is_not_run_again_and_another_config_is_refused(config):
         {"model__lora_rank": 2, "model__shared_scale": False, "optim__clip_norm": 1.0},
         {"long_share": 0.3, "long_frames": 12, "model__window": 4, "cache_in_memory": False},
         {"sampler": "balanced", "num_workers": 1},
+        {"joint_rounds": True, "long_share": 0.3, "long_frames": 12},
     ],
-    ids=["default", "lora", "long", "released"],
+    ids=["default", "lora", "long", "released", "joint"],
 )
 def test_an_interrupted_run_ends_in_the_very_same_weights(config, tmp_path, monkeypatch, changes):
     straight = train(config(output=str(tmp_path / "straight"), **changes), progress=False)
@@ -182,6 +183,16 @@ def test_recomputing_layers_changes_no_weight(config, tmp_path):
         updates=2, output=str(tmp_path / "thrifty"), model__gradient_checkpointing=True
     )
     assert_same_weights(plain, train(thrifty, progress=False))
+
+
+def test_clips_encoded_together_give_the_same_gradients(six_tasks, tmp_path):
+    apart = train(six_tasks(updates=2), progress=False)
+    together = train(
+        six_tasks(updates=2, output=str(tmp_path / "together"), joint_rounds=True), progress=False
+    )
+    known, found = weights_of(apart), weights_of(together)
+    for name, weight in known.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_evaluating_on_the_way_changes_no_weight(config, tmp_path):
