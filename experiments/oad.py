@@ -21,9 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments import comparison
+from experiments import comparison, recipe
 from experiments.comparison import ENCODER, Comparison, Run, config_difference, plan, run_all
-from experiments.config import UserError, digest, field_defaults, load_config
+from experiments.config import UserError, digest, field_defaults, flatten, load_config
 from experiments.environment import choose_device, cores, environment
 from experiments.report import build_report, publish, summarise
 
@@ -134,8 +134,6 @@ def compare(
 def resolve(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The config with all defaults, checked by those who will read it."""
     from experiments.miniworld import WorldParams
-    from experiments.miniworld.encoders import VideoRecipe
-    from experiments.miniworld.siglip import SiglipRecipe
     from integrations.oad.config import FROM_DATA, DataConfig, EvalConfig, OadConfig, TrainConfig
     from integrations.oad.mat import MatConfig
 
@@ -146,15 +144,17 @@ def resolve(config: str, overrides: Sequence[str]) -> dict[str, Any]:
         "eval": field_defaults(EvalConfig),
         "stream": STREAM,
         "world": field_defaults(WorldParams),
-        "mini_siglip": field_defaults(SiglipRecipe),
-        "mini_video": field_defaults(VideoRecipe),
     }
-    resolved = load_config("oad", config, overrides, defaults)
+    resolved = load_config("oad", config, overrides, defaults, free=("mini",))
     try:
         OadConfig.from_dict(_sections(resolved)).mat(visual_size=1, motion_size=0, num_classes=2)
-        WorldParams(**resolved.get("world", {}))
     except ValueError as error:
         raise UserError(f"config {config}: {error}") from error
+    if "mini" in resolved:
+        changes = flatten({"world": resolved["world"], **resolved["mini"]})
+        wanted = [f"{key}={value!r}" for key, value in changes.items()]
+        made_by = recipe.resolve("miniworld", wanted)
+        resolved["mini"] = {key: value for key, value in made_by.items() if key != "world"}
     return resolved
 
 
@@ -242,11 +242,9 @@ def _with_mini_encoders(
     bare = [spec for spec in labels.values() if ":" not in spec]
     if not bare:
         return dict(labels), {}
-    from experiments.miniworld.encoders import VideoRecipe, mini_encoders, probe_looks
-    from experiments.miniworld.siglip import SiglipRecipe
+    from experiments.miniworld.encoders import mini_encoders, probe_looks
 
-    recipes = SiglipRecipe(**config["mini_siglip"]), VideoRecipe(**config["mini_video"])
-    trained = mini_encoders(folder, world, bare, *recipes)
+    trained = mini_encoders(folder, world, bare, config["mini"])
     known = probe_looks(world, trained, folder / "encoders")
     probe = {label: {k: 100 * v for k, v in known[label].items()} for label in known}
     return {label: trained.get(spec, spec) for label, spec in labels.items()}, probe

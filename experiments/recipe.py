@@ -121,17 +121,11 @@ def prepare(config: Mapping[str, Any], folder: Path) -> Source:
     source = find_data(config, folder)
     if source.siglip != UNKNOWN_SIGLIP:
         return source
-    return replace(source, siglip=mini_siglip(config, folder, source.world))
-
-
-def mini_siglip(config: Mapping[str, Any], folder: Path, world: Path) -> str:
-    """Folder of the mini SigLIP of a rendered world, trained unless it is there."""
-    from experiments.miniworld.encoders import VideoRecipe, mini_encoders
+    from experiments.miniworld.encoders import mini_siglip
     from experiments.miniworld.siglip import SiglipRecipe
 
-    recipe = SiglipRecipe(**config["mini_siglip"])
-    specs = mini_encoders(folder, world, ["siglip"], recipe, VideoRecipe())
-    return specs["siglip"].partition(":")[2]
+    made = mini_siglip(folder, source.world, SiglipRecipe(**config["mini_siglip"]))
+    return replace(source, siglip=str(made))
 
 
 def problems(config: Mapping[str, Any]) -> list[str]:

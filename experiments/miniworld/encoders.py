@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,69 +23,20 @@ import torch.nn.functional as F
 
 from backbone import VideoEncoder, build_encoder
 from backbone.files import write_json
+from experiments import recipe
 from experiments.config import digest
-from pretrain import PretrainConfig, train
-from pretrain.launch import run_processes
 
 from .siglip import SiglipRecipe, Stills, normalize, read_stills, train_siglip
 
 logger = logging.getLogger(__name__)
 
 ARMS = ("siglip", "streamformer", "image")
-RECIPE_VERSION = 1  # raise it when training changes in any way that no recipe field tells
-
-
-@dataclass(frozen=True)
-class VideoRecipe:
-    """Training of the lifted mini encoders.
-
-    Attributes:
-        num_frames: rows of the time table and frames of a normal clip.
-        window: frames that a frame may see, in training as in streams.
-        temporal_positions: policy past the time table, in training as in streams.
-        long_share, long_frames: share of batches with clips longer than the time table, for
-            policies that look further back in streams than in clips; ``reset`` does not.
-        gate, time_scale: the head start of time, see ``backbone.lift_siglip``.
-        updates, lr, warmup: AdamW with a cosine schedule.
-        localization, recognition, retrieval: clips of each task in an update.
-        processes: that share an update, each with one thread; all these numbers divide by it.
-        seed: of fresh weights and batches.
-    """
-
-    num_frames: int = 16
-    window: int = 16
-    temporal_positions: str = "reset"
-    long_share: float = 0.0
-    long_frames: int = 48
-    gate: float = 1.0
-    time_scale: float = 0.5
-    updates: int = 2000
-    lr: float = 1.2e-3
-    warmup: int = 40
-    localization: int = 8
-    recognition: int = 2
-    retrieval: int = 2
-    processes: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        odd = {
-            name: getattr(self, name)
-            for name in ("localization", "recognition", "retrieval")
-            if getattr(self, name) % self.processes
-        }
-        if odd:
-            raise ValueError(
-                f"{odd} clips do not divide among processes={self.processes}; change either"
-            )
+RECIPE_VERSION = 2  # raise it when training changes in any way that no recipe field tells
+DECIDING = ("model", "optim", "tasks", "run", "launch")  # sections of a config that make a model
 
 
 def mini_encoders(
-    folder: Path,
-    world: Path,
-    arms: Sequence[str],
-    siglip: SiglipRecipe,
-    video: VideoRecipe,
+    folder: Path, world: Path, arms: Sequence[str], config: Mapping[str, Any]
 ) -> dict[str, str]:
     """Train what is not there yet below ``folder/encoders``; returns a spec per arm.
 
@@ -93,8 +44,7 @@ def mini_encoders(
         folder: the work folder.
         world: a rendered world.
         arms: some of :data:`ARMS`.
-        siglip: how the mini SigLIP is made.
-        video: how it is lifted and trained.
+        config: of the pretraining, from ``recipe.resolve``; its batches are per process.
 
     Raises:
         ValueError: for an arm that does not exist.
@@ -102,99 +52,31 @@ def mini_encoders(
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise ValueError(f"no mini encoder named {unknown[0]!r}; there are {', '.join(ARMS)}")
-    home = folder / "encoders"
-    # What decides the world decides the encoders, wherever the world lies.
-    origin = {"world": world.name, "version": RECIPE_VERSION}
-    image = home / f"siglip-{digest({**origin, **asdict(siglip)})}"
-    if not (image / "config.json").is_file():
-        _appear(image, lambda out: train_siglip(world, out, siglip))
+    image = mini_siglip(folder, world, SiglipRecipe(**config["mini_siglip"]))
+    source = recipe.Source("miniworld", world / "clips", str(image), world)
     specs = {"siglip": f"siglip:{image}"}
-    for arm in ("streamformer", "image"):
-        if arm in arms:
-            made = home / f"{arm}-{digest({**origin, **asdict(video), 'from': image.name})}"
-            _train_video(world, image, made, video, temporal=arm == "streamformer")
-            specs[arm] = f"streamformer:{made}"
+    for arm in [arm for arm in arms if arm != "siglip"]:
+        own = {key: config[key] for key in DECIDING}
+        own["model"] = {**config["model"], "temporal_attention": arm == "streamformer"}
+        made = folder / "encoders" / f"{arm}-{digest({**own, **_origin(world, image.name)})}"
+        name = "mini StreamFormer" + (" without temporal attention" if arm == "image" else "")
+        settings = recipe.training(own, source, made, device="cpu", eval_every=0, name=name)
+        recipe.train(settings, config["launch"]["processes"])
+        specs[arm] = f"streamformer:{made}"
     return {arm: specs[arm] for arm in arms}
 
 
-def _train_video(
-    world: Path, siglip: Path, out: Path, recipe: VideoRecipe, *, temporal: bool
-) -> None:
-    """Lift and train; an unfinished run goes on where it stopped."""
-    config = PretrainConfig.from_dict(
-        {
-            "output": str(out),
-            "name": f"mini StreamFormer{'' if temporal else ' without temporal attention'}",
-            "tasks": _tasks(world / "clips", recipe),
-            "model": {
-                "siglip": str(siglip),
-                "num_frames": recipe.num_frames,
-                "window": recipe.window,
-                "temporal_positions": recipe.temporal_positions,
-                "temporal_attention": temporal,
-                "gate": recipe.gate,
-                "time_scale": recipe.time_scale,
-            },
-            "optim": {
-                "updates": recipe.updates,
-                "lr": recipe.lr,
-                "warmup_updates": recipe.warmup,
-                "clip_norm": 1.0,
-            },
-            "long_share": recipe.long_share,
-            "long_frames": recipe.long_frames if recipe.long_share else 0,
-            "cache_in_memory": True,  # a few thousand clips of 32 pixels: some 200 MB
-            "checkpoint_every": 300,
-            "keep_checkpoints": 1,
-            "device": "cpu",
-            "seed": recipe.seed,
-        }
-    )
-    run_processes(train, config, processes=recipe.processes)
+def mini_siglip(folder: Path, world: Path, made_by: SiglipRecipe) -> Path:
+    """The mini SigLIP of a rendered world, below ``folder/encoders``; trained if need be."""
+    made = folder / "encoders" / f"siglip-{digest({**_origin(world), **asdict(made_by)})}"
+    if not (made / "config.json").is_file():
+        _appear(made, lambda out: train_siglip(world, out, made_by))
+    return made
 
 
-def _tasks(clips: Path, recipe: VideoRecipe) -> dict[str, Any]:
-    """Global and temporal tasks; captions keep the words of appearance in the lesson."""
-    common = {"sampling": "consecutive", "templates": "plain"}
-
-    def labelled(task: str, split: str) -> dict[str, str]:
-        return {
-            "annotations": str(clips / task / f"{split}.csv"),
-            "labels": str(clips / task / "label2id.json"),
-            "root": str(clips / "videos"),
-        }
-
-    def captioned(split: str) -> dict[str, str]:
-        return {
-            "index": str(clips / "index.jsonl"), "root": str(clips / "videos"), "split": split
-        }  # fmt: skip
-
-    tasks = {
-        "localization": {
-            "objective": "localization",
-            "reader": "localization",
-            "batch_size": recipe.localization // recipe.processes,
-            "train": labelled("localization", "train"),
-            "val": labelled("localization", "val"),
-        },
-        "recognition": {
-            "objective": "recognition",
-            "reader": "kinetics",
-            "batch_size": recipe.recognition // recipe.processes,
-            "weight": 0.25,
-            "train": labelled("recognition", "train"),
-            "val": labelled("recognition", "val"),
-        },
-        "retrieval": {
-            "objective": "retrieval",
-            "reader": "index",
-            "batch_size": recipe.retrieval // recipe.processes,
-            "weight": 0.25,
-            "train": captioned("train"),
-            "val": captioned("val"),
-        },
-    }
-    return {name: {**task, **common} for name, task in tasks.items() if task["batch_size"]}
+def _origin(world: Path, siglip: str = "") -> dict[str, Any]:
+    """What decides an encoder beside its recipe: the world, and what is lifted."""
+    return {"world": world.name, "version": RECIPE_VERSION, "from": siglip}
 
 
 def _appear(folder: Path, make) -> None:

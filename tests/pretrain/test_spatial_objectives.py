@@ -535,11 +535,36 @@ def test_every_parameter_takes_part_in_a_spatial_batch(task, loss, bf16):
     masks[:, :, :16] = 0
     batch = make_batch(masks)
     batch.frames.random_(0, 255)
-    value = model(batch, task)
+    (value,) = model([(task, batch)])
     assert value.dtype == torch.float32
     value.backward()
     assert all(weight.grad is not None for weight in model.parameters())
     assert model.backbone.head.attention.in_proj_weight.grad[64:].any()
+
+
+def test_batches_encoded_together_give_the_gradients_of_each_alone():
+    table = {name: torch.randn(32) for name in ("cat", "dog", "caption 0", "caption 1")}
+    objectives = {
+        "instances": InstanceSegmentation({"A": ("cat", "dog")}),
+        "referring": ReferringSegmentation(),
+    }
+    backbone = StreamformerModel(StreamformerConfig(**SHAPE, num_frames=4))
+    model = MultitaskModel(backbone, objectives, Texts(table))
+    batches = []
+    for task in objectives:
+        masks = torch.full((2, 3, 32, 32), BACKGROUND)
+        masks[:, :, :16] = 0
+        batches.append((task, make_batch(masks)))
+        batches[-1][1].frames.random_(0, 255)
+    apart = torch.cat([model([batch]) for batch in batches])
+    apart.sum().backward()
+    wanted = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    together = model(batches)
+    together.sum().backward()
+    torch.testing.assert_close(together, apart)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_what_makes_no_sense_is_named():

@@ -6,10 +6,10 @@ when a stream outgrows everything seen in training.
 
 _base_ = ["_base.py"]
 
-# What differs from WorldParams, SiglipRecipe and VideoRecipe in experiments/miniworld.
+# What differs from WorldParams in experiments/miniworld, and from configs/pretrain/miniworld.py in
+# the making of the mini encoders.
 world = {}
-mini_siglip = {}
-mini_video = {}
+mini = {}
 
 data = {
     "root": None,

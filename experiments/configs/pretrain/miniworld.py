@@ -29,6 +29,7 @@ optim = {
 
 run = {
     "cache_in_memory": True,  # a few thousand clips of 32 pixels: some 200 MB
+    "joint_rounds": True,
     "eval_every": 500,
     "checkpoint_every": 300,
     "keep_checkpoints": 1,
