@@ -185,16 +185,6 @@ def test_recomputing_layers_changes_no_weight(config, tmp_path):
     assert_same_weights(plain, train(thrifty, progress=False))
 
 
-def test_clips_encoded_together_give_the_same_gradients(six_tasks, tmp_path):
-    apart = train(six_tasks(updates=2), progress=False)
-    together = train(
-        six_tasks(updates=2, output=str(tmp_path / "together"), joint_rounds=True), progress=False
-    )
-    known, found = weights_of(apart), weights_of(together)
-    for name, weight in known.items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5, msg=name)
-
-
 def test_evaluating_on_the_way_changes_no_weight(config, tmp_path):
     plain = train(config(updates=4), progress=False)
     measured = train(
