@@ -30,11 +30,10 @@ from transformers.utils import cached_file
 from backbone import CheckpointError, StreamformerModel, VideoEncoder
 from backbone.checkpoints import read_weights
 from backbone.files import read_json, write_json
-
-from .configuration import StreamformerLlavaConfig, tower_preset
-from .modeling import StreamformerLlavaForConditionalGeneration as Model
-from .modeling import refuse_gaps
-from .tower import VisionTower, describe, load_tower_model
+from integrations.videoqa.configuration import StreamformerLlavaConfig, tower_preset
+from integrations.videoqa.modeling import StreamformerLlavaForConditionalGeneration as Model
+from integrations.videoqa.modeling import refuse_gaps
+from integrations.videoqa.tower import VisionTower, describe, load_tower_model
 
 logger = logging.getLogger(__name__)
 
@@ -187,13 +186,16 @@ def build_model(
     config = StreamformerLlavaConfig(
         text_config=text_config, tower_size=view.embed_dim, **config_fields
     )
+    rank, config.lora_rank = config.lora_rank, 0
     model = Model(config).to(dtype or torch.float32)
     if weights is not None:
-        model.language_model.load_state_dict(_lora_names(weights.state_dict(), model))
+        model.language_model.load_state_dict(weights.state_dict())
         model.language_model.generation_config = GenerationConfig(
             eos_token_id=weights.generation_config.eos_token_id
         )
     model.attach_tower(part, name)
+    if rank:
+        model.add_lora(rank, config.lora_alpha, config.lora_dropout)
     model.tokenizer = (
         tokenizer
         if isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -260,6 +262,7 @@ def _load_llava(
         config.tower_layer, config.tower_post_norm = preset.values()
     if dtype in (None, "auto"):
         dtype = next(iter(parts["language_model."].values())).dtype
+    rank, config.lora_rank = config.lora_rank, 0
     with no_init_weights():  # all of them come from the file, proven below
         model = Model(config)
     model.tie_weights()
@@ -272,9 +275,11 @@ def _load_llava(
                 f"{path}: model.image_newline has shape {tuple(model.image_newline.shape)}, "
                 f"expected ({width},), as mm_patch_merge_type={config.merge_type!r} needs it"
             )
-    _fill(model.language_model, _lora_names(parts["language_model."], model), path)
+    _fill(model.language_model, parts["language_model."], path)
     model.to(dtype)
     model.attach_tower(part, name)
+    if rank:
+        model.add_lora(rank, config.lora_alpha, config.lora_dropout)
     return model
 
 
@@ -380,9 +385,10 @@ def _named_tower(
         spec = describe(named or "")
         return load_tower_model(spec, **time), spec
     except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
         raise CheckpointError(
             f"{path} holds no tower, and the one that it names, mm_vision_tower={named!r}, cannot "
-            f"be loaded ({error}); name one with tower=streamformer:<folder or hub id>"
+            f"be loaded ({reason}); name one with tower=streamformer:<folder or hub id>"
         ) from error
 
 
@@ -396,6 +402,8 @@ def _read_config(path: str | Path, hub: Mapping[str, Any]) -> dict[str, Any]:
         raw, _ = PretrainedConfig.get_config_dict(path, **hub)
     except OSError as error:
         raise CheckpointError(f"{path} has no config.json: {error}") from error
+    if not raw:
+        raise CheckpointError(f"{path} has no config.json; give the folder of a model")
     return raw
 
 
@@ -404,17 +412,6 @@ def _load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer, told which LLM it is for: the file's own model type may say nothing."""
     return AutoTokenizer.from_pretrained(path, config=text_config, **hub)
-
-
-def _lora_names(state: Mapping[str, Tensor], model: Model) -> dict[str, Tensor]:
-    """Weights of a plain LLM for one with fresh adapters: these stay, what they wrap is renamed."""
-    own = model.language_model.state_dict()
-    renamed = {}
-    for key, value in state.items():
-        parent, _, kind = key.rpartition(".")
-        wrapped = f"{parent}.base_layer.{kind}"
-        renamed[wrapped if wrapped in own else key] = value
-    return {**{key: value for key, value in own.items() if ".lora_" in key}, **renamed}
 
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:

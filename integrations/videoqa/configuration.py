@@ -4,8 +4,6 @@ Defaults are those of the released models (LLaVA-NeXT's layout for video), but f
 layer and norm: there ours are the same for every encoder, see :data:`TOWER_PRESETS`.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict

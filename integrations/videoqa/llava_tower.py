@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from .configuration import TOWER_PRESETS, tower_preset
-from .frames import preprocess
-from .tower import SAVED_KINDS, VisionTower, load_tower_model
+from integrations.videoqa.configuration import TOWER_PRESETS, tower_preset
+from integrations.videoqa.frames import preprocess
+from integrations.videoqa.tower import SAVED_KINDS, VisionTower, load_tower_model
 
 try:
     import llava  # noqa: F401

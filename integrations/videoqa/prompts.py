@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .splice import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from integrations.videoqa.splice import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .modeling import StreamformerLlavaForConditionalGeneration, shared_start
-from .prompts import get_template, render, tokenize
-from .splice import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from integrations.videoqa.answering import shared_start
+from integrations.videoqa.modeling import StreamformerLlavaForConditionalGeneration
+from integrations.videoqa.prompts import get_template, render, tokenize
+from integrations.videoqa.splice import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -148,12 +149,16 @@ class StreamingSession:
     def push(self, frames: np.ndarray | Tensor) -> int:
         """Take the next frame (H, W, 3) or frames (t, H, W, 3), uint8 RGB.
 
+        Or frames that the model's ``preprocess`` has prepared, ``(t, 3, size, size)``.
+
         Returns:
             Frames seen so far.
         """
         frames = frames[None] if frames.ndim == 3 else frames
+        prepared = isinstance(frames, Tensor) and frames.is_floating_point()
         for start in range(0, len(frames), CHUNK):
-            pixels = self.model.preprocess(frames[start : start + CHUNK])  # (t, 3, H, W)
+            part = frames[start : start + CHUNK]
+            pixels = part if prepared else self.model.preprocess(part)  # (t, 3, H, W)
             if self._stream is None:  # rows of their own: a view would keep the chunk alive
                 self._frames.extend(row.clone() for row in pixels)
             else:
