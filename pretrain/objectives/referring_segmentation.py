@@ -30,6 +30,7 @@ from pretrain.objectives.dense import (
 from pretrain.text import TextTower
 
 TOLERANCE = 0.008  # of a frame's diagonal, by which borders may differ (DAVIS)
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # between a clip's lowest and highest similarity
 
 
 class ReferringSegmentation:
@@ -88,14 +89,15 @@ class ReferringSegmentation:
 class RegionAndContour:
     """J and F in percent: averaged over a clip's frames, then over clips; J&F is their mean.
 
-    A pixel belongs to the thing if its similarity to the expression lies nearer to the highest of
-    the clip than to the lowest: any encoder can be measured, whatever its scale and bias. Pixels of
-    which nothing is known are left out.
+    A pixel belongs to the thing if its similarity to the expression exceeds a threshold that lies
+    between the lowest and the highest of the clip: any encoder can be measured, whatever its scale
+    and bias. Of `THRESHOLDS` the one that suits the encoder best is taken, one for all clips. Pixels
+    of which nothing is known are left out.
     """
 
     def __init__(self, objective: ReferringSegmentation) -> None:
         self.objective = objective
-        self.values: list[Tensor] = []  # (2,) per clip: J and F
+        self.values: list[Tensor] = []  # (thresholds, 2) per clip: J and F
 
     def update(self, features: FrameFeatures, batch: Batch, tower: TextTower) -> None:
         """Take in a batch."""
@@ -111,16 +113,20 @@ class RegionAndContour:
             if not known.any():
                 continue
             low, high = scores[known].aminmax()
-            found = (scores > (low + high) / 2) & known
             right = (right > BACKGROUND) & known
-            region, contour = region_similarity(found, right), contour_accuracy(found, right)
-            self.values.append(torch.stack([region.mean(), contour.mean()]).cpu())
+            values = []
+            for threshold in THRESHOLDS:
+                found = (scores > low + threshold * (high - low)) & known
+                region, contour = region_similarity(found, right), contour_accuracy(found, right)
+                values.append(torch.stack([region.mean(), contour.mean()]))
+            self.values.append(torch.stack(values).cpu())
 
     def compute(self) -> dict[str, float]:
-        """``J``, ``F`` and ``J&F``."""
+        """``J``, ``F`` and ``J&F``, at the threshold with the highest J&F."""
         if not self.values:
             raise ValueError("no clip of the validation data has masks; J&F is undefined")
-        region, contour = (100 * torch.stack(self.values).double().mean(0)).tolist()
+        means = 100 * torch.stack(self.values).double().mean(0)  # (thresholds, 2)
+        region, contour = means[means.mean(1).argmax()].tolist()
         return {"J": region, "F": contour, "J&F": (region + contour) / 2}
 
 

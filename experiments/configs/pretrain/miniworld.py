@@ -30,7 +30,7 @@ optim = {
 run = {
     "cache_in_memory": True,  # a few thousand clips of 32 pixels: some 200 MB
     "joint_rounds": True,
-    "eval_every": 500,
+    "eval_every": 1000,
     "checkpoint_every": 300,
     "keep_checkpoints": 1,
     "seed": 0,
@@ -115,7 +115,7 @@ tasks = {
         "objective": "instance_segmentation",
         "reader": "youtube_vis",
         "batch_size": 1,
-        "weight": 0.25,
+        "weight": 0.5,
         "train": _masked("train"),
         "val": _masked("val"),
         **_common,
@@ -124,8 +124,8 @@ tasks = {
     "referring": {
         "objective": "referring_segmentation",
         "reader": "mevis",
-        "batch_size": 1,
-        "weight": 0.25,
+        "batch_size": 2,
+        "weight": 1.0,
         "train": _meant("train"),
         "val": _meant("val"),
         **_common,
