@@ -91,8 +91,8 @@ class RegionAndContour:
 
     A pixel belongs to the thing if its similarity to the expression exceeds a threshold that lies
     between the lowest and the highest of the clip: any encoder can be measured, whatever its scale
-    and bias. Of `THRESHOLDS` the one that suits the encoder best is taken, one for all clips. Pixels
-    of which nothing is known are left out.
+    and bias. Of `THRESHOLDS` the one that suits the encoder best is taken, one for all clips.
+    Pixels of which nothing is known are left out.
     """
 
     def __init__(self, objective: ReferringSegmentation) -> None:
