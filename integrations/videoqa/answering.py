@@ -81,6 +81,24 @@ class Answering:
     tokenizer: PreTrainedTokenizerBase | None
     visual_cache: VisualCache
 
+    def encode_file(self, video: str | Path | VideoClip) -> tuple[Tensor, Sampling]:
+        """Visual tokens ``(n, H)`` of a video file's sampled frames, and which frames these are.
+
+        Videos that were asked for lately are not encoded again.
+
+        Raises:
+            backbone.video.VideoError: it cannot be read.
+        """
+        config = self.config
+        clip = video if isinstance(video, VideoClip) else VideoClip(video)
+        rule = (config.num_frames, config.video_fps, config.force_sample)
+        key = (*clip.key, *rule)
+        if (kept := self.visual_cache.get(key)) is None:
+            frames, sampling = read_video(clip, *rule)
+            kept = self.encode_video(frames), sampling
+            self.visual_cache.put(key, kept)
+        return kept
+
     @torch.no_grad()
     def generate(
         self,
@@ -102,9 +120,8 @@ class Answering:
             New ids ``(B, at most max_new_tokens)``.
         """
         rows = list(input_ids) if attention_mask is None else unpad(input_ids, attention_mask)
-        device = self.get_input_embeddings().weight.device
         batch = splice(
-            [row.to(device) for row in rows],
+            [row.to(self._device) for row in rows],
             visuals,
             self.get_input_embeddings(),
             padding_side="left",
@@ -185,13 +202,15 @@ class Answering:
         visuals: Sequence[Visual | Sequence[Visual] | None] | None,
     ) -> tuple[list[str], list[Tensor]]:
         """Prompts as texts, and the tokens of their visuals in order."""
-        given = [None] * len(prompts) if visuals is None else list(visuals)
+        given = [
+            [] if own is None else [own] if isinstance(own, Visual) else list(own)
+            for own in ([None] * len(prompts) if visuals is None else visuals)
+        ]
         if len(given) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and visuals for {len(given)} of them")
         texts, tokens = [], []
         encoded: dict[int, tuple[Tensor, Sampling | None]] = {}  # one object encodes once
         for number, (prompt, own) in enumerate(zip(prompts, given, strict=True)):
-            own = [] if own is None else [own] if isinstance(own, Visual) else list(own)
             for item in own:
                 if id(item) not in encoded:
                     encoded[id(item)] = self._encode(item)
@@ -277,24 +296,6 @@ class Answering:
                 "checkpoints.load_model, or set model.tokenizer"
             )
         return self.tokenizer
-
-    def encode_file(self, video: str | Path | VideoClip) -> tuple[Tensor, Sampling]:
-        """Visual tokens ``(n, H)`` of a video file's sampled frames, and which frames these are.
-
-        Videos that were asked for lately are not encoded again.
-
-        Raises:
-            backbone.video.VideoError: it cannot be read.
-        """
-        config = self.config
-        clip = video if isinstance(video, VideoClip) else VideoClip(video)
-        rule = (config.num_frames, config.video_fps, config.force_sample)
-        key = (*clip.key, *rule)
-        if (kept := self.visual_cache.get(key)) is None:
-            frames, sampling = read_video(clip, *rule)
-            kept = self.encode_video(frames), sampling
-            self.visual_cache.put(key, kept)
-        return kept
 
 
 def shared_start(first: Sequence, second: Sequence) -> int:

@@ -134,7 +134,8 @@ class StreamformerLlavaForConditionalGeneration(Answering, StreamformerLlavaPreT
         """Load from a folder or hub id in this layout.
 
         Takes what transformers' ``from_pretrained`` takes; keyword arguments that name config
-        fields change them. `checkpoints.load_model` loads released LLaVA checkpoints too.
+        fields change them. A ``lora_rank`` where there was none adds adapters without effect, and
+        0 merges those that there are. For released checkpoints there is `checkpoints.load_model`.
 
         Args:
             pretrained_model_name_or_path: folder or hub id.
@@ -154,7 +155,10 @@ class StreamformerLlavaForConditionalGeneration(Answering, StreamformerLlavaPreT
             known = StreamformerLlavaConfig.__annotations__
             fields = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
             hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            lora = {name: fields.pop(name) for name in list(fields) if name.startswith("lora_")}
             config = cls.config_class.from_pretrained(config or source, **hub, **fields)
+        else:
+            lora = {}
         spec = tower or (config.tower if config.tower_config is None else None)
         if spec is not None:  # before the LLM: what does not exist should fail at once
             part = load_tower_model(spec, window, temporal_positions)
@@ -179,6 +183,7 @@ class StreamformerLlavaForConditionalGeneration(Answering, StreamformerLlavaPreT
         )
         if spec is not None:
             model.attach_tower(part, spec if isinstance(spec, str) else None)
+        model._change_lora(**lora)
         return (model, info) if wants_info else model
 
     # -- the parts --------------------------------------------------------------------------------
@@ -283,7 +288,20 @@ class StreamformerLlavaForConditionalGeneration(Answering, StreamformerLlavaPreT
         config = self.config
         config.lora_rank, config.lora_alpha, config.lora_dropout = rank, alpha, dropout
         config.lora_targets = targets or config.lora_targets
-        self._inject_lora()
+        try:
+            self._inject_lora()
+        except ValueError:  # no module matches
+            config.lora_rank = 0
+            raise
+
+    def _change_lora(self, lora_rank: int | None = None, **others: Any) -> None:
+        """Bring a loaded model to the adapters that were asked for; None for those it has."""
+        if lora_rank is None or lora_rank == self.config.lora_rank:
+            return
+        if lora_rank == 0:
+            self.merge_lora()
+        else:
+            self.add_lora(lora_rank, **{k.removeprefix("lora_"): v for k, v in others.items()})
 
     def _inject_lora(self) -> None:
         import peft

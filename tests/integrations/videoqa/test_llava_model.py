@@ -332,6 +332,18 @@ def test_other_types(fresh, video, dtype):
     assert len(model.answer(QUESTIONS[:2], [video[:3].numpy()] * 2, max_new_tokens=3)) == 2
 
 
+def test_fresh_weights_are_each_parts_own(llm_config):
+    llm_config.hidden_size = 256
+    model = StreamformerLlavaForConditionalGeneration(
+        StreamformerLlavaConfig(text_config=llm_config, tower_size=64)
+    )
+    model.requires_grad_(False)
+    llm = model.language_model.model.layers[0].mlp.up_proj.weight
+    assert float(llm.std()) == pytest.approx(0.02, rel=0.1)  # the LLM's initializer_range
+    assert float(model.projector[0].weight.std()) == pytest.approx((3 * 64) ** -0.5, rel=0.1)
+    assert float(model.image_newline.norm()) == pytest.approx(1.0, rel=0.2)
+
+
 # -- config ---------------------------------------------------------------------------------------
 
 
