@@ -90,9 +90,10 @@ def build_report(
         wall_seconds: how long this call took, caches included.
         details: what else belongs into the report of this task. The Markdown shows ``notes``
             (texts), ``chance`` (metric -> level of a guess), ``command``, ``encoders``
-            (label -> settings), ``probe`` (label -> what -> number), ``tables`` (heading -> label
-            -> column -> number), ``equal`` (what the labels had in common) and ``spread`` (what
-            the spread stands for), where the usual words about heads and seeds do not fit.
+            (label -> settings), ``pictures`` (file -> title), ``probe`` (label -> what -> number),
+            ``tables`` (heading -> label -> column -> number), ``equal`` (what the labels had in
+            common) and ``spread`` (what the spread stands for), where the usual words about heads
+            and seeds do not fit.
         pairs: which labels are compared, the most important pair first: ``(better, base)`` each.
             None compares the last label with the first, and then with all in between.
     """
@@ -177,6 +178,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         report.get("spread")
         or "Mean ± standard deviation over seeds, in points. " + _interval_note(report),
         f"![{report['title']}](report.png)",
+        *(f"![{title}]({name})" for name, title in report.get("pictures", {}).items()),
         *(f"- {note}" for note in report.get("notes", [])),
     ]
     if report["per_class"]:

@@ -137,6 +137,11 @@ class VideoClips(Dataset):
                     "batch; give all sources one num_frames"
                 )
 
+    @property
+    def metainfo(self) -> dict[str, Any]:
+        """Names of the labels, for mmengine's checkpoints."""
+        return {"classes": list(self.sources[0].videos.class_names)}
+
     def __len__(self) -> int:
         return sum(len(source.videos) for source in self.sources)
 

@@ -14,6 +14,8 @@ Letters as in ``tracker.py`` and ``postprocess.py``; n objects of a frame, D wid
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, Protocol
@@ -103,6 +105,8 @@ class OnlineSegmenter:
         video: rules of ``finish``.
         keep_video: collect what ``finish`` needs, which grows with the video. False for streams
             without end: memory then stays bounded, and ``finish`` is refused.
+        timed: gives a context for each part of a frame, by its name, "encode", "head", "track":
+            for whoever measures what they cost.
 
     Raises:
         ValueError: an unknown mode, sizes below 1, or a part in training mode.
@@ -121,6 +125,7 @@ class OnlineSegmenter:
         tracker: TrackerConfig | None = None,
         video: VideoConfig | None = None,
         keep_video: bool = True,
+        timed: Callable[[str], AbstractContextManager] = nullcontext,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is not one of {list(MODES)}")
@@ -136,7 +141,7 @@ class OnlineSegmenter:
         self.short_side, self.long_side = short_side, long_side
         self.mode, self.chunk_frames = mode, chunk_frames
         self.tracker = OnlineTracker(tracker)
-        self._video, self._keep_video = video, keep_video
+        self._video, self._keep_video, self._timed = video, keep_video, timed
         self._stream = encoder.stream(layers=adapter.taps)
         self.reset()
 
@@ -166,15 +171,18 @@ class OnlineSegmenter:
                 video goes on unharmed.
         """
         sizes = self._fit(image)
-        pixels = prepare_frame(image, sizes, self.encoder.image_mean, self.encoder.image_std)
-        pixels = pixels.to(self.encoder.device)
-        if self.mode == "chunk" and self.frame % self.chunk_frames == 0:
-            self._stream.reset()
-        features = self._stream.push(pixels[None])
-        said = self.head(self.adapter(pixels[None, None], features.layers))
+        with self._timed("encode"):
+            pixels = prepare_frame(image, sizes, self.encoder.image_mean, self.encoder.image_std)
+            pixels = pixels.to(self.encoder.device)
+            if self.mode == "chunk" and self.frame % self.chunk_frames == 0:
+                self._stream.reset()
+            features = self._stream.push(pixels[None])
+        with self._timed("head"):
+            said = self.head(self.adapter(pixels[None, None], features.layers))
         self._sizes = sizes
         frame = self.frame
-        ids = track_frames(said, self.tracker, self._record)[0]
+        with self._timed("track"):
+            ids = track_frames(said, self.tracker, self._record)[0]
         return frame_result(frame, ids, said.class_logits[0], said.mask_logits[0], sizes)
 
     def finish(self) -> VideoResult:

@@ -1,0 +1,214 @@
+"""What mmengine's ``Runner`` leaves open, for every task that is trained by it.
+
+A device of one's own, whole checkpoints that ``torch.load`` reads safely, a quiet terminal, no
+traces in the process, and a folder that belongs to one run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Number
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.hooks import Hook
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner, TestLoop
+from mmengine.visualization import Visualizer
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from backbone.files import read_json, write_json
+
+
+class QuietRunner(Runner):
+    """mmengine's runner with a device of one's own, whole checkpoints and a quiet terminal."""
+
+    def __init__(self, device: torch.device, **arguments: Any) -> None:
+        self.device = device
+        super().__init__(**arguments)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Move the model to the device; mmengine would take the first GPU it finds."""
+        return model.to(self.device)
+
+    def build_logger(
+        self, log_level: int | str = "INFO", log_file: str | None = None, **options: Any
+    ) -> MMLogger:
+        """Log to a file in full; only warnings reach the terminal, and there stderr."""
+        built = super().build_logger(log_level, log_file, **options)
+        for handler in built.handlers:
+            if getattr(handler, "stream", None) is sys.stdout:
+                handler.setStream(sys.stderr)
+                handler.setLevel(logging.WARNING)
+        return built
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **options: Any) -> None:
+        """Write beside the final name, then rename."""
+        partial = f".{filename}.part"
+        super().save_checkpoint(out_dir, partial, *args, **options)
+        os.replace(Path(out_dir) / partial, Path(out_dir) / filename)
+
+    def dump_config(self) -> None:
+        """Nothing to dump: the config of a run is written by whoever starts it."""
+
+    def close(self) -> None:
+        """Take progress bars off the terminal, also after an error."""
+        for hook in self.hooks:
+            bar = getattr(hook, "bar", None)
+            if isinstance(bar, tqdm):
+                bar.close()
+
+    def test_on(self, loader: DataLoader, evaluator: list[dict]) -> dict[str, Any]:
+        """Metrics of the present weights on one data set."""
+        self._test_loop = TestLoop(self, loader, evaluator)
+        return self._test_loop.run()
+
+
+class PlainMessageHub(Hook):
+    """Reduce mmengine's message hub in a checkpoint to plain Python values.
+
+    Its history buffers and NumPy scalars are objects, which ``torch.load(weights_only=True)``, the
+    default since torch 2.6, refuses; so mmengine could not resume from its own checkpoints.
+    """
+
+    priority = "VERY_LOW"
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Drop the histories, keep the rest as numbers, texts, lists and dicts."""
+        hub = checkpoint["message_hub"]
+        hub["log_scalars"] = OrderedDict()
+        hub["runtime_info"] = plain(hub["runtime_info"])
+
+
+class FiniteLoss(Hook):
+    """Stop at the first loss that is not a number, before it reaches a checkpoint.
+
+    Args:
+        mend: what to do then, for the message.
+    """
+
+    def __init__(self, mend: str = "lower train.lr or lengthen the warm-up") -> None:
+        self.mend = mend
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: object = None,
+        outputs: Mapping | None = None,
+    ) -> None:
+        """Look at the loss of each step."""
+        loss = outputs["loss"].item()
+        if not math.isfinite(loss):
+            rate = runner.optim_wrapper.get_lr()["lr"][0]
+            raise FloatingPointError(
+                f"the loss is {loss} in epoch {runner.epoch + 1}, iteration {runner.iter + 1}, at "
+                f"learning rate {rate:.2e}; {self.mend}"
+            )
+
+
+def plain(value: object) -> object:
+    """The same value in Python's own types; what has no counterpart becomes text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        return value.tolist()
+    return value if value is None or isinstance(value, (str, bool, Number)) else str(value)
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Limit torch to ``count`` CPU threads for a while; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def instances(task: str) -> Iterator[str]:
+    """A name for one run's global instances in mmengine; at the end they are closed and dropped.
+
+    mmengine would keep them, log files and all, for the life of the process, and the last run's
+    scope would stay the default for whatever is built next.
+    """
+    name = f"{task}-{uuid.uuid4().hex[:12]}"
+    try:
+        yield name
+    finally:
+        for table in (MMLogger, MessageHub, Visualizer, DefaultScope):
+            for key in [key for key in table._instance_dict if key.startswith(name)]:
+                instance = table._instance_dict.pop(key)
+                for handler in getattr(instance, "handlers", ()):
+                    handler.close()
+
+
+def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
+    """The newest checkpoint and its number, by name, so that a run may be moved; or None, 0."""
+    numbered = {
+        int(match[1]): path
+        for path in folder.glob("*.pth")
+        if (match := re.fullmatch(r"(?:epoch|iter)_(\d+)", path.stem))
+    }
+    newest = max(numbered, default=0)
+    return numbered.get(newest), newest
+
+
+def claim(folder: Path, resolved: Mapping[str, Any], path: Path, trained: bool) -> None:
+    """Make sure that what was trained in a folder belongs to this very run.
+
+    Args:
+        folder: of the run.
+        resolved: all that decides the run.
+        path: file in it that holds this of the run that was there before.
+        trained: whether there is something of such a run.
+
+    Raises:
+        ValueError: it was another run; the text says in what they differ.
+    """
+    resolved = json.loads(json.dumps(resolved))
+    if not path.is_file() or not trained:
+        write_json(path, resolved)
+        return
+    found = differing(read_json(path), resolved)
+    if found:
+        raise ValueError(
+            f"{folder} holds another run: {'; '.join(found)}. Use another folder, or delete "
+            "this one"
+        )
+
+
+def differing(there: object, now: object, where: str = "") -> list[str]:
+    """One line for each value that two nested dicts do not share."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        return [
+            line
+            for key in sorted({*there, *now})
+            for line in differing(there.get(key), now.get(key), f"{where}.{key}".lstrip("."))
+        ]
+    return [] if there == now else [f"{where} is {there!r} there and {now!r} now"]
+
+
+def device_of(name: str) -> torch.device:
+    """A device by name; "auto" is the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
