@@ -33,7 +33,7 @@ class WorldParams:
     clip_frames: int = 16
     long_clip_frames: int = 48  # longer than the model's time table: trains what streaming meets
 
-    streams_train: int = 96
+    streams_train: int = 192
     streams_val: int = 24
     streams_val_long: int = 6
     streams_test: int = 48

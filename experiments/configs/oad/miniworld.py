@@ -41,11 +41,11 @@ head = {
 }
 
 train = {
-    "epochs": 30,
+    "epochs": 22,
     "batch_size": 32,
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "warmup_epochs": 3.0,
+    "warmup_epochs": 2.0,
     "ema_momentum": 0.02,  # averages over the last fifty of some four hundred steps
     "threads": 1,  # tensors so small that a second thread costs more than it gives
     "validate_every": 0,
