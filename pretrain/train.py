@@ -18,6 +18,7 @@ import os
 import platform
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -309,6 +310,8 @@ class _Run:
             # Some tasks take longer to read than others: two rounds are under way at any time.
             prefetch_factor=math.ceil(2 * len(self.datasets) / workers) if workers else None,
             worker_init_fn=_obey_parent_alone,
+            # Also where our own process was spawned: fresh workers would import everything anew.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
