@@ -41,7 +41,7 @@ head = {
 }
 
 train = {
-    "epochs": 22,
+    "epochs": 20,
     "batch_size": 32,
     "lr": 1e-3,
     "weight_decay": 1e-4,

@@ -21,7 +21,7 @@ model = {
 }
 
 optim = {
-    "updates": 1800,
+    "updates": 1600,
     "lr": 1.2e-3,
     "warmup_updates": 40,
     "clip_norm": 1.0,
