@@ -66,7 +66,7 @@ def launch(folder, jobs, processes):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output[-3000:]
 
 
@@ -87,7 +87,7 @@ def updates_of(folder):
 
 
 def wait_for(updates, folder, process):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # a busy machine takes minutes to import torch
     while updates_of(folder) < updates:
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < deadline, f"no {updates} updates in {folder}"
@@ -188,9 +188,11 @@ def test_a_killed_run_ends_in_the_very_same_weights(config, six_tasks, tmp_path)
 
 @pytest.mark.job
 def test_sigterm_under_torchrun_saves_all_processes_at_one_update(config, six_tasks, tmp_path):
+    tasks = {name: six_tasks[name] for name in ("recognition", "referring_segmentation")}
+
     def run(name, updates):
         return config(
-            tasks=six_tasks,
+            tasks=tasks,
             output=str(tmp_path / name),
             updates=updates,
             batch_size=1,
@@ -201,7 +203,7 @@ def test_sigterm_under_torchrun_saves_all_processes_at_one_update(config, six_ta
     process = launch(tmp_path, [run("told", 40)], 2)
     wait_for(5, tmp_path / "told", process)
     process.send_signal(signal.SIGTERM)  # torchrun passes it on, to the workers of data as well
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     saved = sorted((tmp_path / "told/checkpoints").iterdir())
     assert len(saved) == 1, output[-3000:]
