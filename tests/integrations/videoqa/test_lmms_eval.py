@@ -101,7 +101,7 @@ def command(home, environment, *arguments) -> subprocess.CompletedProcess:
     start = "from lmms_eval.cli.dispatch import main; main()"
     return subprocess.run(
         [sys.executable, "-c", start, *arguments],
-        cwd=home, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
+        cwd=home, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
