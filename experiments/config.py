@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def load_config(
     name_or_path: str = "miniworld",
     overrides: Iterable[str] = (),
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
-    free: Iterable[str] = (),
+    free: Collection[str] = (),
 ) -> dict[str, Any]:
     """Resolve a config of ``task`` to a nested dict of JSON values.
 
@@ -46,8 +46,10 @@ def load_config(
     """
     path = find_config(task, name_or_path)
     defaults = _plain(defaults or {}, "defaults")
-    opened = dict.fromkeys(free, {})
-    packaged = [{**_read(file), **opened} for file in packaged_configs(task).values()]
+    packaged = [
+        {section: {} if section in free else values for section, values in _read(file).items()}
+        for file in packaged_configs(task).values()
+    ]
     schema = _schema([flatten(defaults), *map(flatten, packaged)])
     config = _read(path)
     _refuse_unknown(flatten(config), schema, where=str(path))

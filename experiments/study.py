@@ -2,8 +2,8 @@
 
 An arm is a recipe with fewer tasks or a share of the videos, and all else the same: the image
 encoder that is lifted, the number of updates, the clips in an update, the seed. Every arm is
-frozen then and goes through the same downstream comparison (``oad``), next to the image encoder
-itself. All lies under one folder:
+frozen then and goes through the same downstream comparisons (``oad``, ``ovis``), next to the image
+encoder itself. All lies under one folder:
 
     DIR/miniworld/, DIR/encoders/       the rendered world, the mini SigLIP, and every arm's model
     DIR/<task>/<arm>/seed<k>/           the downstream runs
@@ -31,8 +31,13 @@ from experiments.report import build_report, publish
 
 logger = logging.getLogger(__name__)
 
-DOWNSTREAM = {"oad": "experiments.oad"}  # task -> module with resolve, preflight and compare
-REAL = {"oad": "thumos14"}  # its config where the pretraining is not on miniworld
+DOWNSTREAM = {  # task -> module with resolve, preflight and compare
+    "oad": "experiments.oad",
+    "ovis": "experiments.ovis",
+}
+USUAL = ("oad",)  # those of a study that names none
+REAL = {"oad": "thumos14", "ovis": "ytvis2019"}  # config where the pretraining is not on miniworld
+IN_WORLD = {"oad": "streams"}  # folder of the pretraining's world; other tasks render their own
 SHARED = ("world",)  # sections that both configs have, and that must be the same
 NOTES = [
     "every pretraining has the same image encoder to start from, the same number of updates, the "
@@ -59,10 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser, work_dir: str) -> None:
     add(
         "--downstream",
         nargs="+",
-        default=list(DOWNSTREAM),
+        default=list(USUAL),
         metavar="TASK[=CONFIG]",
-        help=f"what the frozen encoders are compared on: {', '.join(DOWNSTREAM)}; --set "
-        "oad.train.epochs=3 changes its config",
+        help=f"what the frozen encoders are compared on, {', '.join(DOWNSTREAM)}; default: "
+        f"{', '.join(USUAL)}; --set oad.train.epochs=3 changes its config",
     )
 
 
@@ -259,9 +264,10 @@ def _compare(
     args: argparse.Namespace,
     folder: Path,
 ) -> Any:
-    """One downstream comparison; the world of the pretraining serves it, too."""
-    if config["data"]["root"] is None and source.world is not None:
-        config = {**config, "data": {**config["data"], "root": str(source.world / "streams")}}
+    """One downstream comparison; the world of the pretraining may serve it, too."""
+    if config["data"]["root"] is None and source.world is not None and name in IN_WORLD:
+        root = str(source.world / IN_WORLD[name])
+        config = {**config, "data": {**config["data"], "root": root}}
     module = importlib.import_module(DOWNSTREAM[name])
     return module.compare(config, specs, args.seeds, folder / name, args.device)
 

@@ -48,7 +48,7 @@ def test_real_data_are_trained_on_as_published(name):
     head = HeadConfig(in_channels=768, num_classes=40, **config.head)
     with torch.device("meta"):
         parameters = sum(weight.numel() for weight in SegmentationHead(head).parameters())
-    assert round(parameters / 1e6, 1) == 20.3
+    assert round(parameters / 1e6, 1) == 20.5  # 20.3 of Mask2Former, and the embedding
 
 
 def test_miniworld_evaluates_online_and_looks_at_camouflage_apart():
