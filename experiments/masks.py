@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PAPER = (34, 39, 46), (255, 255, 255)
+LUMA = (0.299, 0.587, 0.114)  # how bright red, green and blue look
 OPACITY = 0.45  # of a mask's inside
 STRIP_FRAMES = 8  # of a video, evenly spaced
 STRIP_HEIGHT = 128  # pixels of a frame in the strip
@@ -153,7 +154,8 @@ def _draw_tags(image: Image.Image, tags: Sequence[tuple[float, float, int, str]]
         box = (left, top, left + wide, top + high)
         draw.rounded_rectangle(box, radius=unit * 0.3, fill=colour_of(identity))
         middle = (left + wide / 2, top + high / 2)
-        draw.text(middle, text, fill=PAPER, font=font, anchor="mm")
+        bright = sum(w * part for w, part in zip(LUMA, colour_of(identity), strict=True)) > 150
+        draw.text(middle, text, fill=INK if bright else PAPER, font=font, anchor="mm")
 
 
 @cache

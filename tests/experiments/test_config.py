@@ -148,9 +148,3 @@ def test_names_of_a_free_section_are_the_configs_own(configs, tmp_path):
     assert found["train"] == {"whatever": {"size": 6}} and "_own" not in found
     with pytest.raises(UserError, match="unknown key 'data.nme'"):
         load_config("oad", str(path), ["data.nme=3"], free=free)
-
-
-@pytest.mark.parametrize("task", ["oad", "ovis"])
-def test_a_free_section_of_one_config_is_not_asked_of_the_others(task):
-    for name in module.packaged_configs(task):
-        assert ("mini" in load_config(task, name, free=("mini",))) == (name == "miniworld")
