@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import os
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from backbone import video
 from experiments.miniworld import PRETRAINING_ACTIONS, WorldParams
@@ -35,8 +38,14 @@ from experiments.miniworld.qa_language import (
     right_answer,
     write_questions,
 )
+from experiments.miniworld.qa_model import MiniLlm, build_tokenizer, llm_config
 from experiments.miniworld.qa_offer import VARIABLE, offer, write_offer
+from integrations.videoqa.checkpoints import build_model, load_model, save_model
+from integrations.videoqa.data import Source
+from integrations.videoqa.evaluate import evaluate
+from integrations.videoqa.train import StageConfig, run_stage
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = QaParams(train=24, val=8, test=12)
 LOOKS = replace(WorldParams(), camouflaged=0.0)
 ALL_SEEN = (99, 99, 99, 99)
@@ -357,3 +366,87 @@ def test_an_offer_is_what_the_job_recorded(folder, tmp_path, monkeypatch):
     assert made["tasks"] == [str(tmp_path / Path(made["tasks"][0]).relative_to(tmp_path))]
     assert Path(made["tasks"][0]).resolve() == (folder / "lmms").resolve()
     assert Path(made["pretrained"]) == model.resolve()
+
+
+# -- with a model ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mini(folder, tmp_path):
+    """A mini LLaVA on a SigLIP that has never been trained."""
+    torch.manual_seed(0)
+    SiglipVisionModel(
+        SiglipVisionConfig(image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=1,
+                           num_attention_heads=2, intermediate_size=32)
+    ).save_pretrained(tmp_path / "siglip")  # fmt: skip
+    size = MiniLlm(width=32, layers=2, heads=2, mlp=64)
+    tokenizer = build_tokenizer(all_texts(folder))
+    model, _ = build_model(
+        llm_config(tokenizer, size), f"siglip:{tmp_path / 'siglip'}", tokenizer,
+        template=size.template, num_frames=4, image_layout="square",
+    )  # fmt: skip
+    return model
+
+
+def test_the_tokenizer_knows_every_word_and_gives_answers_back(folder):
+    tokenizer = build_tokenizer(all_texts(folder))
+    assert len(tokenizer) < 200
+    for record in read(folder, "train"):
+        for form in ("word", "open"):
+            ids = tokenizer(f"USER: {prompt(record, form)} ASSISTANT: {record['answer']}</s>")
+            assert tokenizer.unk_token_id not in ids.input_ids
+            assert ids.input_ids[-1] == tokenizer.eos_token_id
+        said = tokenizer.decode(tokenizer(f" {record['answer']}</s>").input_ids,
+                                skip_special_tokens=True)  # fmt: skip
+        assert is_right(record, said)
+
+
+def test_captions_and_questions_train_a_model(folder, mini, tmp_path):
+    stage = StageConfig(template="brief", lr=3e-3, batch_size=8, per_device=8, updates=6,
+                        image_layout="square", num_frames=4, store_features=True,
+                        gradient_checkpointing=False)  # fmt: skip
+    losses = []
+    for name in ("captions_train", "questions_train"):
+        sources = [Source(folder / f"{name}.json")]
+        trainer = {"use_cpu": True, "disable_tqdm": True}
+        losses += [run_stage(mini, stage, sources, tmp_path / name, trainer=trainer)["loss"]]
+    assert losses[1] < losses[0]
+    model, _ = load_model(tmp_path / "questions_train")
+    record = read(folder, "test")[0]
+    (said,) = model.answer([prompt(record)], [str(folder / record["video"])], max_new_tokens=4)
+    assert isinstance(said, str)
+
+
+def test_after_the_job_the_task_needs_no_argument(folder, mini, tmp_path):
+    """lmms-eval itself, on the task and model that the job's record names."""
+    save_model(mini, tmp_path / "model")
+    write_offer(tmp_path, folder, tmp_path / "model")
+    facts = tmp_path / "site" / "offer-0.dist-info"  # as if installed, where it is not
+    facts.mkdir(parents=True)
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: offer\nVersion: 0\n")
+    (facts / "entry_points.txt").write_text(
+        "[streamformer.videoqa]\nminiworld = experiments.miniworld.qa_offer:offer\n"
+    )
+    found = evaluate(
+        ["miniworld_qa", "miniworld_qa_letter"],
+        {},
+        tmp_path / "out",
+        batch_size=8,
+        environment={
+            "HF_HOME": str(tmp_path / "hf"),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(facts.parent)]),
+            VARIABLE: str(tmp_path),
+        },
+        offline=True,
+    )
+    questions = read(folder, "test")
+    metrics = found.metrics("miniworld_qa")
+    rows = [json.loads(line) for line in found.samples["miniworld_qa"].open()]
+    assert len(rows) == len(questions)
+    by_id = {str(n): record for n, record in enumerate(questions)}
+    hits = [is_right(by_id[str(row["doc_id"])], row["filtered_resps"][0]) for row in rows]
+    assert metrics["accuracy"] == pytest.approx(100 * np.mean(hits))
+    asked = {record["kind"] for record in questions} | {record["group"] for record in questions}
+    assert asked <= set(metrics)
+    assert "accuracy" in found.metrics("miniworld_qa_letter")
