@@ -103,7 +103,7 @@ def test_what_is_missing_is_said_at_once(tmp_path):
     with pytest.raises(UserError, match="there is no folder /nowhere"):
         words = ["--config", "ovis", "--set", "data.root=/nowhere", "--work-dir", str(tmp_path)]
         main(["ovis", *words])
-    with pytest.raises(UserError, match="(?s)there is no trained segmenter under .* run.py ovis"):
+    with pytest.raises(UserError, match="(?s)there is no trained segmenter under .*run.py ovis"):
         main(["track", "video.mp4", "--work-dir", str(tmp_path)])
     with pytest.raises(UserError, match="--set tracker.recent=0.*|recent=0 is below 1"):
         main(["ovis", "--set", "tracker.recent=0", "--work-dir", str(tmp_path)])
