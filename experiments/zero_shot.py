@@ -235,7 +235,8 @@ def _measure(
 
 def _chance(task: Any, dataset: Any, found: Mapping[str, float]) -> dict[str, float]:
     """Levels of a score that says nothing, where they are known."""
-    levels = {"mAP": found["prior"]} if "prior" in found else {}
+    named = "mIoU" if task.objective == "grounding" else "mAP"  # a guess of the whole clip, or none
+    levels = {named: found["prior"]} if "prior" in found else {}
     if task.objective == "recognition":
         sizes = [len(dataset.label_sets[entry.label_set]) for entry in dataset.entries]
         for k in (1, 5):

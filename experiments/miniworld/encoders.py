@@ -57,6 +57,8 @@ def mini_encoders(
     specs = {"siglip": f"siglip:{image}"}
     for arm in [arm for arm in arms if arm != "siglip"]:
         own = {key: config[key] for key in DECIDING}
+        # Zero-shot numbers are what the verb pretrain is for; here they would only take time.
+        own["tasks"] = {name: {**task, "val": None} for name, task in config["tasks"].items()}
         own["model"] = {**config["model"], "temporal_attention": arm == "streamformer"}
         made = folder / "encoders" / f"{arm}-{digest({**own, **_origin(world, image.name)})}"
         name = "mini StreamFormer" + (" without temporal attention" if arm == "image" else "")
