@@ -30,7 +30,6 @@ optim = {
 run = {
     "cache_in_memory": True,  # a few thousand clips of 32 pixels: some 200 MB
     "joint_rounds": True,
-    "num_workers": 1,
     "eval_every": 1000,
     "checkpoint_every": 300,
     "keep_checkpoints": 1,
