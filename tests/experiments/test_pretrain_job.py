@@ -63,6 +63,15 @@ def given(values):
     return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the processes that these tests start: sums over several threads round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """Work folder, and the report of a first small pretraining in it."""
