@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import sys
 import uuid
@@ -28,9 +27,7 @@ from mmengine.config import Config
 from mmengine.dataset import default_collate, pseudo_collate
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
-from mmengine.runner import Runner, TestLoop
 from mmengine.visualization import Visualizer
-from torch import nn
 from torch.utils.data import DataLoader
 
 from backbone.files import write_json
@@ -56,6 +53,7 @@ from integrations.oad.hooks import (
 from integrations.oad.mat import MatConfig, MatHead
 from integrations.oad.metrics import PerFrameAP, metric_name
 from integrations.oad.model import MatDetector
+from integrations.runs import QuietRunner
 
 logger = logging.getLogger(__name__)
 
@@ -130,47 +128,8 @@ def run_oad(
     return results
 
 
-class OadRunner(Runner):
-    """mmengine's runner with a device of one's own, whole checkpoints and a quiet terminal."""
-
-    def __init__(self, device: torch.device, **arguments: Any) -> None:
-        self.device = device
-        super().__init__(**arguments)
-
-    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """Move the model to the device; mmengine would take the first GPU it finds."""
-        return model.to(self.device)
-
-    def build_logger(
-        self, log_level: int | str = "INFO", log_file: str | None = None, **options: Any
-    ) -> MMLogger:
-        """Log to a file in full; only warnings reach the terminal, and there stderr."""
-        built = super().build_logger(log_level, log_file, **options)
-        for handler in built.handlers:
-            if getattr(handler, "stream", None) is sys.stdout:
-                handler.setStream(sys.stderr)
-                handler.setLevel(logging.WARNING)
-        return built
-
-    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **options: Any) -> None:
-        """Write beside the final name, then rename."""
-        partial = f".{filename}.part"
-        super().save_checkpoint(out_dir, partial, *args, **options)
-        os.replace(Path(out_dir) / partial, Path(out_dir) / filename)
-
-    def dump_config(self) -> None:
-        """Nothing to dump: the config of a run is written by ``run_oad``."""
-
-    def close(self) -> None:
-        """Take the progress bar off the terminal, also after an error."""
-        for hook in self.hooks:
-            if isinstance(hook, ProgressBar) and hook.bar is not None:
-                hook.bar.close()
-
-    def test_on(self, loader: DataLoader, evaluator: list[dict]) -> dict[str, Any]:
-        """Metrics of the averaged weights on one set of videos."""
-        self._test_loop = TestLoop(self, loader, evaluator)
-        return self._test_loop.run()
+class OadRunner(QuietRunner):
+    """The runner of a MAT head; evaluation uses the averaged weights."""
 
     def evaluated_head(self) -> MatHead:
         """The head with the weights that evaluation uses."""
