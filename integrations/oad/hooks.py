@@ -1,4 +1,4 @@
-"""What mmengine's own hooks leave open: an exact average, safe checkpoints, seeds, a quiet bar.
+"""What mmengine's own hooks leave open: an exact average, seeds, a quiet bar.
 
 Also the learning-rate curve of the release, as an mmengine parameter scheduler.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections import OrderedDict
 from collections.abc import Mapping
-from numbers import Number
 
 import numpy as np
 import torch
@@ -78,44 +76,6 @@ class EpochSeed(Hook):
         random.seed(int(state[0]))
         np.random.seed(int(state[0]))
         torch.manual_seed(int(state[0]))
-
-
-@HOOKS.register_module()
-class PlainMessageHub(Hook):
-    """Reduce mmengine's message hub in a checkpoint to plain Python values.
-
-    Its history buffers and NumPy scalars are objects, which ``torch.load(weights_only=True)``, the
-    default since torch 2.6, refuses; so mmengine could not resume from its own checkpoints.
-    """
-
-    priority = "VERY_LOW"
-
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Drop the histories, keep the rest as numbers, texts, lists and dicts."""
-        hub = checkpoint["message_hub"]
-        hub["log_scalars"] = OrderedDict()
-        hub["runtime_info"] = _plain(hub["runtime_info"])
-
-
-@HOOKS.register_module()
-class FiniteLoss(Hook):
-    """Stop at the first loss that is not a number, before it reaches a checkpoint."""
-
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: object = None,
-        outputs: Mapping | None = None,
-    ) -> None:
-        """Look at the loss of each step."""
-        loss = outputs["loss"].item()
-        if not math.isfinite(loss):
-            rate = runner.optim_wrapper.get_lr()["lr"][0]
-            raise FloatingPointError(
-                f"the loss is {loss} in epoch {runner.epoch + 1}, iteration {runner.iter + 1}, at "
-                f"learning rate {rate:.2e}; lower train.lr or lengthen train.warmup_epochs"
-            )
 
 
 @HOOKS.register_module()
@@ -243,14 +203,3 @@ class DecayMatrices:
         groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
         optimizer = OPTIMIZERS.build({**self.optimizer, "params": groups})
         return OptimWrapper(optimizer, **self.options)
-
-
-def _plain(value: object) -> object:
-    """The same value in Python's own types; what has no counterpart becomes text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
-        return value.tolist()
-    return value if value is None or isinstance(value, (str, bool, Number)) else str(value)

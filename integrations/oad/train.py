@@ -14,20 +14,14 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.dataset import default_collate, pseudo_collate
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import DefaultScope
-from mmengine.visualization import Visualizer
 from torch.utils.data import DataLoader
 
 from backbone.files import write_json
@@ -45,15 +39,21 @@ from integrations.oad.hooks import (
     AverageWeights,
     DecayMatrices,
     EpochSeed,
-    FiniteLoss,
-    PlainMessageHub,
     ProgressBar,
     WarmupCosineLR,
 )
 from integrations.oad.mat import MatConfig, MatHead
 from integrations.oad.metrics import PerFrameAP, metric_name
 from integrations.oad.model import MatDetector
-from integrations.runs import QuietRunner
+from integrations.runs import (
+    FiniteLoss,
+    PlainMessageHub,
+    QuietRunner,
+    device_of,
+    instances,
+    last_checkpoint,
+    threads,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +107,8 @@ def run_oad(
     named = {*settings.data.val_sets, *settings.data.test_sets}
     loaders = {name: _videos_loader(videos, name, settings.eval) for name in sorted(named)}
     with (
-        _threads(settings.train.threads),
-        _instances() as name,
+        threads(settings.train.threads),
+        instances("oad") as name,
         closing(_build_runner(settings, windows, loaders, folder, seed, device, name)) as runner,
     ):
         runner.train()
@@ -148,7 +148,7 @@ def _build_runner(
 ) -> OadRunner:
     """A runner ready to train, or to go on from the newest checkpoint in its folder."""
     train, meta = settings.train, windows.metainfo
-    last = _last_checkpoint(folder)
+    last, _ = last_checkpoint(folder)
     batches = DataLoader(
         windows,
         batch_size=train.batch_size,
@@ -159,7 +159,7 @@ def _build_runner(
     per_epoch = len(batches)
     validates = bool(settings.data.val_sets) and train.validate_every > 0
     return OadRunner(
-        device=_device(device),
+        device=device_of(device),
         model={
             "type": MatDetector,
             "head": windows.head.to_dict(),
@@ -232,35 +232,6 @@ def _build_runner(
     )
 
 
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Limit torch to ``count`` CPU threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _instances() -> Iterator[str]:
-    """A name for one run's global instances in mmengine; at the end they are closed and dropped.
-
-    mmengine would keep them, log files and all, for the life of the process, and the last run's
-    scope would stay the default for whatever is built next.
-    """
-    name = f"oad-{uuid.uuid4().hex[:12]}"
-    try:
-        yield name
-    finally:
-        for table in (MMLogger, MessageHub, Visualizer, DefaultScope):
-            for key in [key for key in table._instance_dict if key.startswith(name)]:
-                instance = table._instance_dict.pop(key)
-                for handler in getattr(instance, "handlers", ()):
-                    handler.close()
-
-
 def _notes(windows: OadWindows, features_root: Path) -> dict[str, Any]:
     """What a live detector must know beside the weights."""
     meta = windows.metainfo
@@ -279,7 +250,7 @@ def _claim(work_dir: Path, settings: OadConfig, features_root: Path, seed: int) 
     resolved = {**settings.to_dict(), "seed": seed, "features": _facts(features_root)}
     resolved = json.loads(json.dumps(resolved))
     path = work_dir / RESOLVED
-    trained = (work_dir / RESULTS).is_file() or _last_checkpoint(work_dir / "training")
+    trained = (work_dir / RESULTS).is_file() or last_checkpoint(work_dir / "training")[1]
     if not path.is_file() or not trained:
         write_json(path, resolved)
         return
@@ -336,19 +307,3 @@ def _videos_loader(videos: Mapping[str, Any], session: str, evaluation: EvalConf
 def _evaluator(evaluation: EvalConfig) -> list[dict]:
     options = {"smooth": evaluation.smooth, "switch": evaluation.switch}
     return [{"type": PerFrameAP, "protocol": p, **options} for p in evaluation.protocols]
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint; by name, so that a run may be moved."""
-    numbered = {
-        int(match[1]): path
-        for path in folder.glob("epoch_*.pth")
-        if (match := re.fullmatch(r"epoch_(\d+)", path.stem))
-    }
-    return numbered[max(numbered)] if numbered else None
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
