@@ -92,8 +92,8 @@ def build_report(
             (texts), ``chance`` (metric -> level of a guess), ``command``, ``encoders``
             (label -> settings), ``pictures`` (file -> title), ``probe`` (label -> what -> number),
             ``tables`` (heading -> label -> column -> number), ``equal`` (what the labels had in
-            common) and ``spread`` (what the spread stands for), where the usual words about heads
-            and seeds do not fit.
+            common), ``spread`` (what the spread stands for), ``classes`` (what classes are called)
+            and ``class_metric`` (what is measured of one), where the usual words do not fit.
         pairs: which labels are compared, the most important pair first: ``(better, base)`` each.
             None compares the last label with the first, and then with all in between.
     """
@@ -182,7 +182,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         *(f"- {note}" for note in report.get("notes", [])),
     ]
     if report["per_class"]:
-        parts += ["## By class", _markdown_table(*_class_table(report))]
+        parts += [f"## By {_class_word(report)}", _markdown_table(*_class_table(report))]
     if report.get("probe"):
         table = _plain_table("linear probe", report["probe"])
         parts += ["## What the frozen encoders know", _markdown_table(*table)]
@@ -233,9 +233,10 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
                 _legend(axes[-1])
             else:
                 better, base = pair
-                axes[-1].set_xlabel("average precision, points")
+                axes[-1].set_xlabel(report.get("class_metric", "average precision, points"))
                 gain = f", largest gain of {better} first" if better != base else ""
-                axes[-1].set_title(f"By class{gain}", loc="left", fontsize=10.5)
+                title = f"By {_class_word(report)}{gain}"
+                axes[-1].set_title(title, loc="left", fontsize=10.5)
 
 
 @contextmanager
@@ -338,8 +339,12 @@ def _class_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
         [name, *(_spread(report["per_class"][label][name]) for label in labels), f"{gain:+.1f}"]
         for name, gain in _classes_by_gain(report)
     ]
-    header = ["class", *labels, report["difference_of"]]
+    header = [_class_word(report), *labels, report["difference_of"]]
     return (header, rows) if report["difference"] else (header[:-1], [row[:-1] for row in rows])
+
+
+def _class_word(report: Mapping[str, Any]) -> str:
+    return report.get("classes", "class")
 
 
 def _plain_table(
