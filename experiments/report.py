@@ -141,11 +141,21 @@ def write_report(
 
     ``draw(report, path)`` makes the picture, ``plot`` unless given.
     """
+    write_files(report, folder, to_markdown(report), draw or plot)
+
+
+def write_files(
+    report: Mapping[str, Any],
+    folder: Path,
+    page: str,
+    draw: Callable[[Mapping[str, Any], Path], None],
+) -> None:
+    """The same for a report that is told in other words: ``page`` is its Markdown."""
     from backbone.files import replacing, write_json, write_text
 
     with replacing(folder / "report.png") as temporary:
-        (draw or plot)(report, temporary)
-    write_text(folder / "report.md", to_markdown(report))
+        draw(report, temporary)
+    write_text(folder / "report.md", page)
     write_json(folder / "report.json", report)
 
 
@@ -174,7 +184,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     parts = [
         f"# {report['title']}",
         _sentence(report),
-        _markdown_table(header, rows),
+        markdown_table(header, rows),
         report.get("spread")
         or "Mean ± standard deviation over seeds, in points. " + _interval_note(report),
         f"![{report['title']}](report.png)",
@@ -182,12 +192,12 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         *(f"- {note}" for note in report.get("notes", [])),
     ]
     if report["per_class"]:
-        parts += [f"## By {_class_word(report)}", _markdown_table(*_class_table(report))]
+        parts += [f"## By {_class_word(report)}", markdown_table(*_class_table(report))]
     if report.get("probe"):
         table = _plain_table("linear probe", report["probe"])
-        parts += ["## What the frozen encoders know", _markdown_table(*table)]
+        parts += ["## What the frozen encoders know", markdown_table(*table)]
     for heading, table in report.get("tables", {}).items():
-        parts += [f"## {heading}", _markdown_table(*_plain_table("", table))]
+        parts += [f"## {heading}", markdown_table(*_plain_table("", table))]
     parts += [
         "## How it was obtained",
         f"- data: {report['data']}; seeds: {', '.join(map(str, report['seeds']))}; "
@@ -200,12 +210,12 @@ def to_markdown(report: Mapping[str, Any]) -> str:
             for label, settings in report.get("encoders", {}).items()
         ),
         "",
-        _markdown_table(
+        markdown_table(
             ["environment", ""],
             [[key, "-" if v is None else str(v)] for key, v in report["environment"].items()],
         ),
     ]
-    return _join_markdown(parts)
+    return join_markdown(parts)
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
@@ -415,13 +425,14 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, numbers to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _join_markdown(parts: Sequence[str]) -> str:
-    """Blank lines between blocks, none between the items of a list."""
+def join_markdown(parts: Sequence[str]) -> str:
+    """A page of Markdown: blank lines between blocks, none between the items of a list."""
     text = ""
     previous = ""
     for part in filter(None, parts):
