@@ -154,6 +154,9 @@ class OptimConfig:
     """AdamW with a cosine schedule, counted in updates.
 
     lr: peak rate. scale_lr: multiply all rates by clips per update / 256, the released rule.
+    temporal_lr_scale: the rate of what the lift adds (temporal attention, its norm and gate, the
+        time table) in units of that of all others, 1 as released. These weights start from nothing
+        while the others know images already.
     warmup_updates: linear from ``warmup_lr`` to ``lr``; then cosine down to ``min_lr``.
     decay: weight decay on "matrices" only, or as "released": also on tables, gates and scales.
     clip_norm: bound of the gradient's norm; None for no bound, as released.
@@ -165,6 +168,7 @@ class OptimConfig:
     warmup_lr: float = 0.0
     warmup_updates: int = 0
     scale_lr: bool = False
+    temporal_lr_scale: float = 1.0
     weight_decay: float = 0.05
     decay: Decay = "matrices"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -175,6 +179,11 @@ class OptimConfig:
         _one_of("decay", self.decay, get_args(Decay))
         _at_least("updates", self.updates, 1)
         object.__setattr__(self, "betas", tuple(self.betas))
+        if not self.temporal_lr_scale > 0:
+            raise ValueError(
+                f"temporal_lr_scale={self.temporal_lr_scale} must be positive; "
+                "model.temporal_attention=False trains without time"
+            )
         if not 0 <= self.warmup_updates <= self.updates:
             raise ValueError(
                 f"warmup_updates={self.warmup_updates} must lie in 0 to updates={self.updates}"

@@ -89,6 +89,11 @@ class MultitaskModel(nn.Module):
         return loss
 
 
+def is_temporal(name: str) -> bool:
+    """Whether the lift adds a weight of this name: temporal attention and gate, the time table."""
+    return any(part in name for part in _TEMPORAL)
+
+
 def normalize(frames: Tensor) -> Tensor:
     """Bytes to the range that SigLIP expects, float32 in [-1, 1]."""
     return frames.float().div_(_HALF_RANGE).sub_(1.0)
@@ -101,6 +106,6 @@ def freeze(backbone: StreamformerModel, rule: Freeze) -> None:
         if rule == "spatial_attention":
             frozen = any(part in name for part in _SPATIAL_ATTENTION) and not adapter
         else:
-            frozen = rule == "image" and not adapter and not any(part in name for part in _TEMPORAL)
+            frozen = rule == "image" and not adapter and not is_temporal(name)
         if frozen:
             weight.requires_grad_(False)

@@ -157,7 +157,10 @@ class _Run:
         model = assemble(backbone)
         optimizer = torch.optim.AdamW(
             parameter_groups(
-                model.named_parameters(), config.optim.weight_decay, config.optim.decay
+                model.named_parameters(),
+                config.optim.weight_decay,
+                config.optim.decay,
+                config.optim.temporal_lr_scale,
             ),
             lr=config.optim.lr,
             betas=config.optim.betas,
@@ -257,7 +260,7 @@ class _Run:
         torch.manual_seed(_mix(config.seed, update, accelerator.process_index))
         rate = learning_rate(config.optim, update, self.clips_per_update)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         turns, whole = len(config.tasks), sum(task.weight for task in config.tasks.values())
         losses, at_once = [], turns if config.joint_rounds else 1
         for first in range(0, turns, at_once):

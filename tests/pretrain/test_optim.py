@@ -78,6 +78,37 @@ def test_only_matrices_decay_by_default(model):
     assert decay | no_decay == {name for name, weight in weights.items() if weight.requires_grad}
 
 
+def test_what_the_lift_adds_learns_at_a_rate_of_its_own(model):
+    parameters = dict(model.named_parameters())
+    names = {id(weight): name for name, weight in parameters.items()}
+
+    def scales(temporal_lr_scale):
+        groups = parameter_groups(parameters.items(), 0.05, "matrices", temporal_lr_scale)
+        return {
+            names[id(weight)]: (group["lr_scale"], group["weight_decay"])
+            for group in groups
+            for weight in group["params"]
+        }
+
+    alike, faster = scales(1.0), scales(3.0)
+    assert alike.keys() == faster.keys(), "each weight is in one group"
+    assert {scale for scale, _ in alike.values()} == {1.0}
+    changed = {name for name in alike if faster[name] != alike[name]}
+    assert {faster[name][0] for name in changed} == {3.0}
+    assert changed == {
+        "backbone.embeddings.time_embedding",
+        "backbone.layers.0.temporal_gate",
+        *(
+            f"backbone.layers.0.temporal_{part}.{kind}"
+            for part in ("norm", "attention.qkv", "attention.out", "dense")
+            for kind in ("weight", "bias")
+        ),
+    }
+    assert all(alike[name][1] == faster[name][1] for name in alike), "decay does not change"
+    with pytest.raises(ValueError, match="temporal_lr_scale=0 must be positive"):
+        OptimConfig(updates=1, temporal_lr_scale=0)
+
+
 def test_freezing_by_rule(model):
     freeze(model.backbone, "image")
     training = {name for name, w in model.backbone.named_parameters() if w.requires_grad}

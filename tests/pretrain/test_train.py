@@ -76,6 +76,27 @@ def test_a_finished_run_is_not_run_again_and_another_config_is_refused(config):
         train(config(updates=2, output=str(moved), optim__lr=0.1), progress=False)
 
 
+def test_what_the_lift_adds_can_learn_faster(config, tmp_path):
+    """Adam's first step is as long as its rate, whatever the gradient."""
+    runs = {
+        scale: train(
+            config(
+                output=str(tmp_path / f"x{scale}"), optim__temporal_lr_scale=scale,
+                updates=1, optim__weight_decay=0.0, model__gate=1.0,
+            ),
+            progress=False,
+        )
+        for scale in (1.0, 2.0, 4.0)
+    }  # fmt: skip
+    slow, middle, fast = (weights_of(folder) for folder in runs.values())
+    for name, weight in slow.items():
+        one, two = middle[name] - weight, fast[name] - weight  # steps of 1 and 3 rates beyond
+        if "temporal" in name or "time_embedding" in name:
+            assert one.abs().max() > 0 and torch.allclose(two, 3 * one, atol=1e-6), name
+        else:
+            assert torch.equal(one, two) and not one.any(), name
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -83,7 +104,12 @@ def test_a_finished_run_is_not_run_again_and_another_config_is_refused(config):
         {"model__lora_rank": 2, "model__shared_scale": False, "optim__clip_norm": 1.0},
         {"long_share": 0.3, "long_frames": 12, "model__window": 4, "cache_in_memory": False},
         {"sampler": "balanced", "num_workers": 1},
-        {"joint_rounds": True, "long_share": 0.3, "long_frames": 12},
+        {
+            "joint_rounds": True,
+            "long_share": 0.3,
+            "long_frames": 12,
+            "optim__temporal_lr_scale": 3.0,
+        },
     ],
     ids=["default", "lora", "long", "released", "joint"],
 )
