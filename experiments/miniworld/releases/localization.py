@@ -80,9 +80,10 @@ def fineaction_video(video: Video) -> tuple[str, str, dict]:
 
 
 def hacs_video(video: Video) -> tuple[str, str, dict]:
-    """As `activitynet_video`."""
+    """As `activitynet_video`; HACS writes durations as text."""
     url = f"https://www.youtube.com/watch?v={video.youtube_id}"
-    return video.youtube_id, f"v_{video.youtube_id}.mp4", {"url": url}
+    extra = {"url": url, "duration": f"{video.duration:.6f}"}
+    return video.youtube_id, f"v_{video.youtube_id}.mp4", extra
 
 
 def _write_database(
