@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments import recipe
+from experiments import preflight, recipe
 from experiments.config import UserError
 
 logger = logging.getLogger(__name__)
@@ -124,9 +124,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def pretrain_parts(config: str, overrides: Sequence[str], folder: Path) -> list[Part]:
     """The training and validation lists of every task of a pretraining config."""
     resolved = recipe.resolve(config, overrides)
-    lacking = recipe.data_problems(resolved)
-    if lacking:
-        raise UserError("cannot start:\n  - " + "\n  - ".join(lacking))
+    preflight.refuse(preflight.data_root(resolved["data"]["root"], "world" in resolved))
     source = recipe.find_data(resolved, folder)
     settings = recipe.training(resolved, source, folder)
     parts = []
@@ -167,8 +165,7 @@ def oad_parts(config: str, overrides: Sequence[str], folder: Path) -> list[Part]
 
     resolved = oad.resolve(config, overrides)
     data = resolved["data"]
-    if data["root"] is None and "world" not in resolved:
-        raise UserError("data.root is None: say where the data lie, --set data.root=FOLDER")
+    preflight.refuse(preflight.data_root(data["root"], "world" in resolved))
     if data["root"] is None:
         world = render_world(folder / "miniworld", WorldParams(**resolved["world"]))
         root = world / "streams"

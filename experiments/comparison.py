@@ -23,7 +23,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from experiments import config as configs
 from experiments.config import UserError, digest, flatten
+from experiments.environment import environment
+from experiments.report import build_report, publish, summarise
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,8 @@ ENCODER = "encoder"  # the one key under which resolved runs may differ
 CONTROL = "image"  # label of the third arm
 ABSENT = "(absent)"
 RESULT = "result.json"  # of a finished run
+RESOLVED = "resolved.json"  # what a training wrote down of itself
+STREAM = {"window": None, "temporal_positions": None}  # None: as the encoder's checkpoint says
 
 
 class ComparisonError(RuntimeError):
@@ -59,8 +64,8 @@ class Comparison:
 
 def add_arguments(parser: argparse.ArgumentParser, work_dir: str) -> None:
     """Options of every comparison."""
+    configs.add_arguments(parser, work_dir, example="train.epochs=3")
     add = parser.add_argument
-    add("--config", default="miniworld", metavar="NAME|PATH", help="default: miniworld")
     add(
         "--encoders",
         nargs="+",
@@ -69,28 +74,62 @@ def add_arguments(parser: argparse.ArgumentParser, work_dir: str) -> None:
         help="labels (siglip, streamformer), or kind:folder, or kind:hub-id; the last one is "
         "compared with the others",
     )
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="K", help="default: 0 1 2")
-    add(
-        "--work-dir",
-        type=Path,
-        default=Path(work_dir),
-        metavar="DIR",
-        help=f"default: {work_dir}; everything is cached and reported here",
-    )
-    add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, …")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change the config, such as train.epochs=3; values are Python literals",
-    )
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="K", help="default: %(default)s")
     add(
         "--third-arm",
         action="store_true",
         help=f"add the control encoder {CONTROL!r}: lifted and trained like streamformer, but "
         "without attention over time",
     )
+
+
+def answer(
+    args: argparse.Namespace,
+    *,
+    task: str,
+    title: str,
+    resolve: Callable[[str, Sequence[str]], dict[str, Any]],
+    preflight: Callable[[Mapping[str, Any], Mapping[str, str], Sequence[int], Path], None],
+    compare: Callable[..., Comparison],
+) -> dict[str, Any]:
+    """The five steps of a verb: resolve, preflight, run or resume, evaluate, report.
+
+    Args:
+        args: of ``add_arguments``.
+        task: the verb.
+        title: of the task, for people.
+        resolve: ``(config, overrides) -> resolved config``.
+        preflight: ``(config, labels, seeds, folder)``, raises what would make the run fail later;
+            ``labels`` are those of ``encoder_labels``.
+        compare: ``(config, labels, seeds, folder, device) -> Comparison``; what it keeps in
+            ``folder`` serves the next call.
+
+    Returns:
+        The report, which lies in ``--work-dir``, too.
+    """
+    start = time.perf_counter()
+    folder = args.work_dir.resolve()
+
+    config = resolve(args.config, args.set)
+    labels = encoder_labels(args.encoders, args.third_arm)
+
+    preflight(config, labels, args.seeds, folder)
+
+    found = compare(config, labels, args.seeds, folder, args.device)
+
+    report = build_report(
+        task=task,
+        title=f"{title} on {found.title}",
+        data=config["data"]["dataset"],
+        outcomes=found.outcomes,
+        config=config,
+        config_difference=found.difference,
+        environment=environment(),
+        wall_seconds=time.perf_counter() - start,
+        details={"command": args.command, **found.details},
+    )
+    publish(report, folder)
+    return report
 
 
 def encoder_labels(specs: Sequence[str], third_arm: bool = False) -> dict[str, str]:
@@ -147,6 +186,38 @@ def plan(
         for seed in seeds
         for label, encoder in encoders.items()
     ]
+
+
+def compare_as_run(runs: Iterable[Run]) -> None:
+    """Compare what the runs wrote down about themselves: equal but for the encoder.
+
+    ``run_all`` compares what was asked for; ``resolved.json`` is what a training really read.
+    """
+    from backbone.files import read_json
+
+    by_seed: dict[int, dict[str, Any]] = {}
+    for run in runs:
+        by_seed.setdefault(run.seed, {})[run.label] = read_json(run.folder / RESOLVED)
+    for written in by_seed.values():
+        config_difference(written)
+
+
+def common_details(
+    encoders: Mapping[str, Mapping[str, Any]],
+    outcomes: Mapping[str, Mapping[int, Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """What the report of every task says of encoders and runs.
+
+    Args:
+        encoders: as of ``plan``, each with ``spec`` and ``settings``.
+        outcomes: of ``run_all``, each with ``validation``.
+    """
+    return {
+        "encoders": {
+            label: {"spec": entry["spec"], **entry["settings"]} for label, entry in encoders.items()
+        },
+        "validation": summarise(outcomes, "validation"),
+    }
 
 
 def config_difference(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:

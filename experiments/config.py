@@ -7,6 +7,7 @@ Known is what a packaged config or a default names; any other key is refused wit
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import difflib
@@ -21,6 +22,27 @@ CONFIGS = Path(__file__).parent / "configs"
 
 class UserError(ValueError):
     """What the user asked for cannot be done; the text says what, where, and what to do."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, work_dir: str, example: str) -> None:
+    """Options of every verb that runs by a config; ``example`` is a change of it."""
+    add = parser.add_argument
+    add("--config", default="miniworld", metavar="NAME|PATH", help="default: miniworld")
+    add(
+        "--work-dir",
+        type=Path,
+        default=Path(work_dir),
+        metavar="DIR",
+        help=f"default: {work_dir}; everything is cached and reported here",
+    )
+    add("--device", default="auto", help="auto (the default), cpu, cuda, …")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"change the config, such as {example}; values are Python literals",
+    )
 
 
 def load_config(
@@ -92,6 +114,11 @@ def packaged_configs(task: str) -> dict[str, Path]:
     """Name -> file of the configs that come with the suite; names with an underscore are bases."""
     files = (CONFIGS / task).glob("*.py")
     return {file.stem: file for file in sorted(files) if not file.stem.startswith("_")}
+
+
+def sections(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Those sections of a config, as far as it has them."""
+    return {name: config[name] for name in names if name in config}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

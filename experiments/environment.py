@@ -54,7 +54,7 @@ def environment() -> dict[str, Any]:
         **{name: lambda d=dist: _version(d) for name, dist in PACKAGES.items()},
         "platform": platform.platform,
         "cpu": _cpu,
-        "cores": _cores,
+        "cores": cores,
         "threads": _threads,
         "gpu": _gpu,
     }
@@ -75,6 +75,25 @@ def choose_device(name: str) -> str:
 def cores() -> int:
     """The cores this process may use, where the system tells."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def bound_threads(count: int | None) -> None:
+    """Keep torch in this process to ``count`` CPU threads; None leaves it as it is.
+
+    Threads spin while they wait for one another: with small tensors the second core gains little on
+    an idle machine, and one busy neighbour on it makes two threads seven times slower than one.
+    """
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def jobs(threads: int | None, device: str) -> int:
+    """Runs side by side: as many as the cores take, on a CPU and where ``threads`` bounds each."""
+    if threads is None or choose_device(device) != "cpu":
+        return 1
+    return max(1, cores() // threads)
 
 
 def to_markdown(values: dict[str, Any]) -> str:
@@ -118,12 +137,6 @@ def _cpu() -> str:
         if names:
             return names[0].partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _cores() -> int | None:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def _threads() -> int:

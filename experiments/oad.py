@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from experiments import comparison, recipe
-from experiments.comparison import ENCODER, Comparison, Run, config_difference, plan, run_all
-from experiments.config import UserError, digest, field_defaults, flatten, load_config
-from experiments.environment import choose_device, cores, environment
-from experiments.report import build_report, publish, summarise
+from experiments import preflight as checks
+from experiments.comparison import (
+    ENCODER,
+    STREAM,
+    Comparison,
+    common_details,
+    compare_as_run,
+    plan,
+    run_all,
+)
+from experiments.config import UserError, digest, field_defaults, load_config, sections
+from experiments.environment import bound_threads, choose_device, jobs
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +53,7 @@ EXAMPLES = """\
 
 SECTIONS = ("data", "head", "train", "eval")  # what integrations.oad reads of a config
 READY = "features:"  # instead of an encoder: a folder of features that exist
-STREAM = {"window": None, "temporal_positions": None}  # None: as the encoder's checkpoint says
 FRAME_RULE = ("protocol", "video_fps", "chunk_frames", "chunk_starts", "resize")  # of data
-ENCODERS_OWN = ("encoder", "dim", "image_size", "image_mean", "image_std")  # of features.json
 FRAMES_AT_ONCE = 48  # through an encoder in feature extraction: speed and memory only
 NOTES = [
     "online: every step scored once, from its past alone; the main number",
@@ -76,29 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Resolve, preflight, run or resume, evaluate, report; returns the report."""
-    start = time.perf_counter()
-    folder = args.work_dir.resolve()
-
-    config = resolve(args.config, args.set)
-    labels = comparison.encoder_labels(args.encoders, args.third_arm)
-
-    preflight(config, labels, args.seeds, folder)
-
-    found = compare(config, labels, args.seeds, folder, args.device)
-
-    report = build_report(
+    return comparison.answer(
+        args,
         task="oad",
-        title=f"Online action detection on {found.title}",
-        data=config["data"]["dataset"],
-        outcomes=found.outcomes,
-        config=config,
-        config_difference=found.difference,
-        environment=environment(),
-        wall_seconds=time.perf_counter() - start,
-        details={"command": args.command, **found.details},
+        title="Online action detection",
+        resolve=resolve,
+        preflight=preflight,
+        compare=compare,
     )
-    publish(report, folder)
-    return report
 
 
 def compare(
@@ -117,7 +107,7 @@ def compare(
         folder: where everything lies.
         device: where it runs.
     """
-    _bound_threads(config)
+    bound_threads(config["train"]["threads"])
     source = prepare(config, labels, folder)
     encoders = {
         label: extract(label, spec, source, config, folder, device)
@@ -125,7 +115,7 @@ def compare(
     }
     runs = plan(config, encoders, seeds, folder)
     train = partial(run_one, data_root=source.root, folder=folder, device=device)
-    outcomes, difference = run_all(runs, train, jobs=_jobs(config, device))
+    outcomes, difference = run_all(runs, train, jobs=jobs(config["train"]["threads"], device))
     compare_as_run(runs)
     details = _details(config, source, encoders, outcomes)
     return Comparison(source.title, outcomes, difference, details)
@@ -147,14 +137,12 @@ def resolve(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     }
     resolved = load_config("oad", config, overrides, defaults, free=("mini",))
     try:
-        OadConfig.from_dict(_sections(resolved)).mat(visual_size=1, motion_size=0, num_classes=2)
+        settings = OadConfig.from_dict(sections(resolved, SECTIONS))
+        settings.mat(visual_size=1, motion_size=0, num_classes=2)
     except ValueError as error:
         raise UserError(f"config {config}: {error}") from error
     if "mini" in resolved:
-        changes = flatten({"world": resolved["world"], **resolved["mini"]})
-        wanted = [f"{key}={value!r}" for key, value in changes.items()]
-        made_by = recipe.resolve("miniworld", wanted)
-        resolved["mini"] = {key: value for key, value in made_by.items() if key != "world"}
+        resolved["mini"] = recipe.mini(resolved["mini"], resolved["world"])
     return resolved
 
 
@@ -166,27 +154,15 @@ def preflight(
     Raises:
         UserError: files, weights, disk or memory that are not there, each named.
     """
-    from experiments import preflight as checks
-
     data = config["data"]
     problems = checks.repeated_seeds(seeds)
-    feature_bytes = 0
-    if data["root"] is None:
-        if "world" not in config:
-            problems.append(
-                f"data.root is None, and {data['dataset']} is not rendered: say where it lies, "
-                "--set data.root=FOLDER"
-            )
-        specs = {label: spec for label, spec in labels.items() if ":" in spec}
-        problems += checks.mini_encoders([spec for spec in labels.values() if ":" not in spec])
-    else:
-        specs = checks.released_encoders(labels, problems)
-        with_videos = not all(spec.startswith(READY) for spec in specs.values())
-        lacking, steps = _check_data(data, with_videos)
-        problems += lacking
-        feature_bytes = steps * checks.WIDEST_FEATURE * 4
-    for spec in specs.values():
-        problems += checks.encoder(spec)
+    problems += checks.encoders(labels, mini=data["root"] is None)
+    unfit, steps = checks.data_root(data["root"], rendered="world" in config), 0
+    if data["root"] is not None and not unfit:
+        with_videos = not all(spec.startswith(READY) for spec in labels.values())
+        unfit, steps = _check_data(data, with_videos)
+    problems += unfit
+    feature_bytes = steps * checks.WIDEST_FEATURE * 4
     parameters = _head_parameters(config)
     problems += checks.disk(
         folder,
@@ -198,56 +174,49 @@ def preflight(
         parameters * 4 * checks.COPIES_IN_MEMORY + (feature_bytes if data["preload"] else 0),
         mend="set data.preload=False to read windows from disk" if data["preload"] else None,
     )
-    if problems:
-        raise UserError("cannot start:\n  - " + "\n  - ".join(problems))
+    checks.refuse(problems)
 
 
 def prepare(config: Mapping[str, Any], labels: Mapping[str, str], folder: Path) -> Source:
     """Render the world and train the mini encoders, or find the files that the config names."""
     data = config["data"]
     if data["root"] is not None:
-        from experiments.preflight import released_encoders
-
         root = Path(data["root"])
         return Source(
             title=data["dataset"],
             root=root,
             videos=find_videos(data, root),
-            encoders=released_encoders(labels, []),
+            encoders=checks.released(labels),
             details={},
         )
     from experiments.miniworld import WorldParams, render_world, world_key
+    from experiments.miniworld.encoders import specs_of
 
     params = WorldParams(**config["world"])
     world = render_world(folder / "miniworld", params)
-    encoders, probe = _with_mini_encoders(config, labels, folder, world)
+    encoders = specs_of(labels, folder, config)
     root = world / "streams"
     return Source(
         title="miniworld",
         root=root,
         videos=find_videos(data, root),
         encoders=encoders,
-        details={"world": world_key(params), "probe": probe},
+        details={"world": world_key(params), "probe": _probe(labels, encoders, world, folder)},
     )
 
 
-def _with_mini_encoders(
-    config: Mapping[str, Any], labels: Mapping[str, str], folder: Path, world: Path
-) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
-    """Specs by label, and what a linear probe says of the mini encoders (points).
+def _probe(
+    labels: Mapping[str, str], encoders: Mapping[str, str], world: Path, folder: Path
+) -> dict[str, dict[str, float]]:
+    """What a linear probe says of the mini encoders, in points.
 
-    Bare labels are trained on the world, or found trained; the probe shows whether SigLIP, which
-    cannot see motion, at least knows shape and colour.
+    It shows whether SigLIP, which cannot see motion, at least knows shape and colour.
     """
-    bare = [spec for spec in labels.values() if ":" not in spec]
-    if not bare:
-        return dict(labels), {}
-    from experiments.miniworld.encoders import mini_encoders, probe_looks
+    from experiments.miniworld.encoders import probe_looks
 
-    trained = mini_encoders(folder, world, bare, config["mini"])
-    known = probe_looks(world, trained, folder / "encoders")
-    probe = {label: {k: 100 * v for k, v in known[label].items()} for label in known}
-    return {label: trained.get(spec, spec) for label, spec in labels.items()}, probe
+    mini = {label: encoders[label] for label, spec in labels.items() if ":" not in spec}
+    known = probe_looks(world, mini, folder / "encoders")
+    return {label: {k: 100 * v for k, v in found.items()} for label, found in known.items()}
 
 
 def extract(
@@ -282,7 +251,7 @@ def extract(
     todo = lacking_features(list(source.videos.values()), encoder, out, FrameRule(**rule))
     if todo:
         write = partial(_extract_share, build, todo, out, rule)
-        run_processes(write, processes=min(len(todo), _jobs(config, device)))
+        run_processes(write, processes=min(len(todo), jobs(config["train"]["threads"], device)))
     return entry
 
 
@@ -303,7 +272,7 @@ def run_one(
     from integrations.oad.train import run_oad
 
     result = run_oad(
-        _sections(config),
+        sections(config, SECTIONS),
         features_root=folder / "features" / config[ENCODER]["features"],
         data_root=data_root,
         work_dir=where,
@@ -311,26 +280,6 @@ def run_one(
         device=device,
     )
     return outcome_of(result, config["data"])
-
-
-def _bound_threads(config: Mapping[str, Any]) -> None:
-    """Keep torch in this process, too, to the threads that the config allows a run.
-
-    Threads spin while they wait for one another: with small tensors the second core gains little on
-    an idle machine, and one busy neighbour on it makes two threads seven times slower than one.
-    """
-    if config["train"]["threads"] is not None:
-        import torch
-
-        torch.set_num_threads(config["train"]["threads"])
-
-
-def _jobs(config: Mapping[str, Any], device: str) -> int:
-    """Runs side by side: where the config bounds the threads of one, as many as the cores take."""
-    threads = config["train"]["threads"]
-    if threads is None or choose_device(device) != "cpu":
-        return 1
-    return max(1, cores() // threads)
 
 
 def outcome_of(result: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
@@ -350,24 +299,6 @@ def outcome_of(result: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, 
         "head_parameters": result["parameters"],
         "iterations": result["iterations"],
     }
-
-
-def compare_as_run(runs: Sequence[Run]) -> None:
-    """Compare what the runs wrote down about themselves: equal but for the encoder.
-
-    ``run_all`` compares what was asked for; ``resolved.json`` is what the training really read,
-    with the facts of the feature folder that it was given.
-    """
-    from backbone.files import read_json
-
-    for seed in {run.seed for run in runs}:
-        written = {}
-        for run in (run for run in runs if run.seed == seed):
-            resolved = read_json(run.folder / "resolved.json")
-            made = resolved["features"] = resolved["features"] or {}
-            resolved[ENCODER] = {key: made.pop(key) for key in ENCODERS_OWN if key in made}
-            written[run.label] = resolved
-        config_difference(written)
 
 
 def _points(
@@ -394,25 +325,18 @@ def _details(
     one = next(iter(next(iter(outcomes.values())).values()))
     sets = read_sets(config["data"], source.root)
     return {
+        **common_details(encoders, outcomes),
         "chance": one["chance"],
         "titles": {
             metric: metric.replace("/", " ").replace("@", "\n") for metric in one["metrics"]
         },
         "notes": NOTES,
-        "encoders": {
-            label: {"spec": entry["spec"], **entry["settings"]} for label, entry in encoders.items()
-        },
         "head_parameters": one["head_parameters"],
         "iterations": one["iterations"],
-        "validation": summarise(outcomes, "validation"),
         "videos": {name: len(videos) for name, videos in sets.items()},
         "steps": {name: _count_steps(source.root, videos) for name, videos in sets.items()},
         **source.details,
     }
-
-
-def _sections(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: config[name] for name in SECTIONS if name in config}
 
 
 def _sets(data: Mapping[str, Any]) -> list[str]:
@@ -467,11 +391,7 @@ def _count_steps(root: Path, names: Sequence[str]) -> int:
 
 def _check_data(data: Mapping[str, Any], with_videos: bool) -> tuple[list[str], int]:
     """What is missing of a real data set, and the number of its steps."""
-    from experiments.preflight import some
-
     root = Path(data["root"])
-    if not root.is_dir():
-        return [f"data.root: there is no folder {root}"], 0
     try:
         names = _names(read_sets(data, root))
     except UserError as error:
@@ -481,14 +401,18 @@ def _check_data(data: Mapping[str, Any], with_videos: bool) -> tuple[list[str], 
     lacking = [name for name in names if name not in found]
     if lacking and with_videos:
         folder = root / (data["videos"] or "videos")
-        problems.append(f"data.videos: {folder} lacks {some(lacking)} of {len(names)} videos")
+        problems.append(
+            f"data.videos: {folder} lacks {checks.some(lacking)} of {len(names)} videos"
+        )
     arrays = {"data.root": root / "target_perframe"}
     if data["motion"]:
         arrays["data.motion"] = root / data["motion"]
     for key, folder in arrays.items():
         lacking = [name for name in names if not (folder / f"{name}.npy").is_file()]
         if lacking:
-            problems.append(f"{key}: {folder} lacks {some(lacking)} of {len(names)} files .npy")
+            problems.append(
+                f"{key}: {folder} lacks {checks.some(lacking)} of {len(names)} files .npy"
+            )
     return problems, 0 if problems else _count_steps(root, names)
 
 
@@ -496,11 +420,10 @@ def _head_parameters(config: Mapping[str, Any]) -> int:
     """Parameters of the head at the widest usual features, counted without allocating them."""
     import torch
 
-    from experiments.preflight import WIDEST_FEATURE
     from integrations.oad.config import OadConfig
     from integrations.oad.mat import MatHead
 
-    sizes = {"visual_size": WIDEST_FEATURE, "motion_size": 0, "num_classes": 100}
+    sizes = {"visual_size": checks.WIDEST_FEATURE, "motion_size": 0, "num_classes": 100}
     with torch.device("meta"):
-        head = MatHead(OadConfig.from_dict(_sections(config)).mat(**sizes))
+        head = MatHead(OadConfig.from_dict(sections(config, SECTIONS)).mat(**sizes))
     return sum(parameter.numel() for parameter in head.parameters())

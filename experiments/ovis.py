@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from experiments import comparison, recipe
-from experiments.comparison import ENCODER, Comparison, Run, config_difference, plan, run_all
-from experiments.config import UserError, digest, field_defaults, flatten, load_config
-from experiments.environment import choose_device, cores, environment
-from experiments.report import build_report, publish, summarise
+from experiments import preflight as checks
+from experiments.comparison import (
+    ENCODER,
+    STREAM,
+    Comparison,
+    Run,
+    common_details,
+    compare_as_run,
+    plan,
+    run_all,
+)
+from experiments.config import UserError, digest, field_defaults, load_config, sections
+from experiments.environment import bound_threads, choose_device, jobs
+from experiments.report import summarise
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +58,6 @@ EXAMPLES = """\
 SECTIONS = (  # what integrations.ovis reads of a config
     "data", "adapter", "head", "loss", "contrastive", "tracker", "video", "train", "eval",
 )  # fmt: skip
-STREAM = {"window": None, "temporal_positions": None}  # None: as the encoder's checkpoint says
 HIDDEN = "recall_camouflaged"
 EXAMPLES_DRAWN = 3  # videos in the strip
 NOTES = [
@@ -89,29 +97,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Resolve, preflight, run or resume, evaluate, report; returns the report."""
-    start = time.perf_counter()
-    folder = args.work_dir.resolve()
-
-    config = resolve(args.config, args.set)
-    labels = comparison.encoder_labels(args.encoders, args.third_arm)
-
-    preflight(config, labels, args.seeds, folder)
-
-    found = compare(config, labels, args.seeds, folder, args.device)
-
-    report = build_report(
+    return comparison.answer(
+        args,
         task="ovis",
-        title=f"Online video instance segmentation on {found.title}",
-        data=config["data"]["dataset"],
-        outcomes=found.outcomes,
-        config=config,
-        config_difference=found.difference,
-        environment=environment(),
-        wall_seconds=time.perf_counter() - start,
-        details={"command": args.command, **found.details},
+        title="Online video instance segmentation",
+        resolve=resolve,
+        preflight=preflight,
+        compare=compare,
     )
-    publish(report, folder)
-    return report
 
 
 def compare(
@@ -130,7 +123,7 @@ def compare(
         folder: where everything lies.
         device: where it runs.
     """
-    _bound_threads(config)
+    bound_threads(config["train"]["threads"])
     source = prepare(config, labels, folder)
     encoders = {
         label: describe(label, spec, source, config, folder, device)
@@ -138,7 +131,7 @@ def compare(
     }
     runs = plan(config, encoders, seeds, folder)
     train = partial(run_one, data_root=source.root, folder=folder, device=device)
-    outcomes, difference = run_all(runs, train, jobs=_jobs(config, device))
+    outcomes, difference = run_all(runs, train, jobs=jobs(config["train"]["threads"], device))
     compare_as_run(runs)
     draw_examples(runs, source, config, folder / "strip.png")
     return Comparison(source.title, outcomes, difference, _details(config, encoders, outcomes))
@@ -182,16 +175,13 @@ def resolve(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     }
     resolved = load_config("ovis", config, overrides, defaults, free=("mini",))
     try:
-        OvisConfig.from_dict(_sections(resolved))
+        OvisConfig.from_dict(sections(resolved, SECTIONS))
         HeadConfig(in_channels=1, num_classes=1, **resolved["head"])
         InstanceParams(**resolved.get("instances", {}))
     except (TypeError, ValueError) as error:
         raise UserError(f"config {config}: {error}") from error
     if "mini" in resolved:
-        changes = flatten({"world": resolved["world"], **resolved["mini"]})
-        wanted = [f"{key}={value!r}" for key, value in changes.items()]
-        made_by = recipe.resolve("miniworld", wanted)
-        resolved["mini"] = {key: value for key, value in made_by.items() if key != "world"}
+        resolved["mini"] = recipe.mini(resolved["mini"], resolved["world"])
     return resolved
 
 
@@ -203,24 +193,13 @@ def preflight(
     Raises:
         UserError: files, weights, disk or memory that are not there, each named.
     """
-    from experiments import preflight as checks
-
     data = config["data"]
     problems = checks.repeated_seeds(seeds)
-    if data["root"] is None and "instances" not in config:
-        problems.append(
-            f"data.root is None, and {data['dataset']} is not rendered: say where it lies, "
-            "--set data.root=FOLDER"
-        )
-    if "mini" in config:
-        specs = {label: spec for label, spec in labels.items() if ":" in spec}
-        problems += checks.mini_encoders([spec for spec in labels.values() if ":" not in spec])
-    else:
-        specs = checks.released_encoders(labels, problems)
-    if data["root"] is not None:
-        problems += _check_data(data)
-    for spec in specs.values():
-        problems += checks.encoder(spec)
+    problems += checks.encoders(labels, mini="mini" in config)
+    unfit = checks.data_root(data["root"], rendered="instances" in config)
+    if data["root"] is not None and not unfit:
+        unfit = _check_data(data)
+    problems += unfit
     parameters = _parameters(config, checks.WIDEST_FEATURE)
     problems += checks.disk(
         folder,
@@ -228,8 +207,7 @@ def preflight(
         + (checks.MINIWORLD_BYTES * 2 if "mini" in config else 0),
     )
     problems += checks.memory(parameters * 4 * checks.COPIES_IN_MEMORY)
-    if problems:
-        raise UserError("cannot start:\n  - " + "\n  - ".join(problems))
+    checks.refuse(problems)
 
 
 def prepare(config: Mapping[str, Any], labels: Mapping[str, str], folder: Path) -> Source:
@@ -242,26 +220,11 @@ def prepare(config: Mapping[str, Any], labels: Mapping[str, str], folder: Path) 
 
         root = render_instances(folder / "miniworld", InstanceParams(**config["instances"]))
         title = "miniworld"
-    if "mini" in config:
-        return Source(title, root, _with_mini_encoders(config, labels, folder))
-    from experiments.preflight import released_encoders
+    if "mini" not in config:
+        return Source(title, root, checks.released(labels))
+    from experiments.miniworld.encoders import specs_of
 
-    return Source(title, root, released_encoders(labels, []))
-
-
-def _with_mini_encoders(
-    config: Mapping[str, Any], labels: Mapping[str, str], folder: Path
-) -> dict[str, str]:
-    """Specs by label; bare labels are trained on miniworld's clips, or found trained."""
-    bare = [spec for spec in labels.values() if ":" not in spec]
-    if not bare:
-        return dict(labels)
-    from experiments.miniworld import WorldParams, render_world
-    from experiments.miniworld.encoders import mini_encoders
-
-    world = render_world(folder / "miniworld", WorldParams(**config["world"]))
-    trained = mini_encoders(folder, world, bare, config["mini"])
-    return {label: trained.get(spec, spec) for label, spec in labels.items()}
+    return Source(title, root, specs_of(labels, folder, config))
 
 
 def describe(
@@ -287,7 +250,7 @@ def describe(
     from integrations.ovis.tokens import write_tokens
     from integrations.ovis.train import read_splits
 
-    settings = OvisConfig.from_dict(_sections(config))
+    settings = OvisConfig.from_dict(sections(config, SECTIONS))
     taps = AdapterConfig.for_encoder(encoder, **settings.adapter).taps
     videos = read_splits(settings.data, source.root).train
     size = (settings.data.short, settings.data.longest)
@@ -306,7 +269,7 @@ def run_one(
 
     encoder = config[ENCODER]
     result = run_ovis(
-        _sections(config),
+        sections(config, SECTIONS),
         _build(encoder["spec"], config, device),
         data_root=data_root,
         work_dir=where,
@@ -329,18 +292,6 @@ def outcome_of(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def compare_as_run(runs: Sequence[Run]) -> None:
-    """Compare what the runs wrote down about themselves: equal but for the encoder.
-
-    ``run_all`` compares what was asked for; ``resolved.json`` is what the training really read.
-    """
-    from backbone.files import read_json
-
-    for seed in {run.seed for run in runs}:
-        same = {run.label: run.folder for run in runs if run.seed == seed}
-        config_difference({k: read_json(place / "resolved.json") for k, place in same.items()})
-
-
 def draw_examples(
     runs: Sequence[Run], source: Source, config: Mapping[str, Any], path: Path
 ) -> None:
@@ -355,7 +306,7 @@ def draw_examples(
     from integrations.ovis.data import read_frame
     from integrations.ovis.train import SEGMENTER, read_splits
 
-    test = read_splits(OvisConfig.from_dict(_sections(config)).data, source.root).test
+    test = read_splits(OvisConfig.from_dict(sections(config, SECTIONS)).data, source.root).test
     first = min(run.seed for run in runs)
     segmenters = {
         run.label: segmenter_of(
@@ -414,15 +365,12 @@ def _details(
     ]
     agnostic = summarise(outcomes, "agnostic")
     return {
+        **common_details(encoders, outcomes),
         "titles": {name: name.replace("_", "\n") for name in one["metrics"]},
         "notes": notes,
         "pictures": {"strip.png": "Test videos, frame by frame"},
-        "encoders": {
-            label: {"spec": entry["spec"], **entry["settings"]} for label, entry in encoders.items()
-        },
         "trained_parameters": one["trained_parameters"],
         "iterations": one["iterations"],
-        "validation": summarise(outcomes, "validation"),
         "agnostic": agnostic,
         "tables": {
             "Found, whatever it is called": {
@@ -439,26 +387,6 @@ def _build(spec: str, config: Mapping[str, Any], device: str) -> Any:
     return build_encoder(spec, **config["stream"], device=choose_device(device))
 
 
-def _bound_threads(config: Mapping[str, Any]) -> None:
-    """Keep torch in this process, too, to the threads that the config allows a run."""
-    if config["train"]["threads"] is not None:
-        import torch
-
-        torch.set_num_threads(config["train"]["threads"])
-
-
-def _jobs(config: Mapping[str, Any], device: str) -> int:
-    """Runs side by side: where the config bounds the threads of one, as many as the cores take."""
-    used = config["train"]["threads"]
-    if used is None or choose_device(device) != "cpu":
-        return 1
-    return max(1, cores() // used)
-
-
-def _sections(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: config[name] for name in SECTIONS if name in config}
-
-
 def _check_data(data: Mapping[str, Any]) -> list[str]:
     """What is missing of a real data set."""
     from integrations.ovis.config import DataConfig
@@ -466,8 +394,6 @@ def _check_data(data: Mapping[str, Any]) -> list[str]:
     from integrations.ovis.rle import MaskError
     from integrations.ovis.train import read_splits
 
-    if not Path(data["root"]).is_dir():
-        return [f"data.root: there is no folder {data['root']}"]
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     try:
         splits = read_splits(DataConfig(**values), data["root"])

@@ -1,7 +1,7 @@
 """What can be known before hours of work: weights, disk and memory that are not there.
 
 Every check returns a list of problems, each a sentence that names the thing and the mend, so that
-a user sees all of them at once.
+a user sees all of them at once: ``refuse`` raises them together.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from experiments.config import UserError
 
 RELEASED = {  # what a bare label means on real data
     "siglip": "siglip:google/siglip-base-patch16-224",
@@ -21,14 +23,57 @@ COPIES_IN_MEMORY = 6  # weights, average, gradients, two moments, room for activ
 MINIWORLD_BYTES = 500 * 2**20  # rendered world, mini encoders, features
 
 
+def refuse(problems: Sequence[str]) -> None:
+    """Raise a UserError of all problems, if there are any."""
+    if problems:
+        raise UserError("cannot start:\n  - " + "\n  - ".join(problems))
+
+
 def repeated_seeds(seeds: Sequence[int]) -> list[str]:
     """Seeds that are given twice."""
     repeated = sorted({seed for seed in seeds if list(seeds).count(seed) > 1})
     return [f"--seeds: {some(map(str, repeated))} given twice"] if repeated else []
 
 
-def mini_encoders(labels: Sequence[str]) -> list[str]:
-    """Labels that no mini encoder has."""
+def data_root(root: str | None, rendered: bool) -> list[str]:
+    """A data root that is not there; None stands for data that the suite can render."""
+    if root is None and not rendered:
+        return [
+            "data.root is None, and the data of this config are not rendered: say where they lie, "
+            "--set data.root=FOLDER"
+        ]
+    if root is not None and not Path(root).is_dir():
+        return [f"data.root: there is no folder {root}"]
+    return []
+
+
+def encoders(labels: Mapping[str, str], mini: bool) -> list[str]:
+    """Encoders (label -> spec) that are not there.
+
+    Args:
+        labels: of ``comparison.encoder_labels``.
+        mini: whether bare labels mean the mini encoders; if not, they mean released weights.
+    """
+    named = labels if mini else released(labels)
+    found = [text for spec in named.values() if ":" in spec for text in encoder(spec)]
+    bare = [spec for spec in named.values() if ":" not in spec]
+    return found + (_no_mini_encoder(bare) if mini else _not_released(bare))
+
+
+def released(labels: Mapping[str, str]) -> dict[str, str]:
+    """Label -> spec on real data, where bare labels mean released weights."""
+    return {label: RELEASED.get(spec, spec) for label, spec in labels.items()}
+
+
+def _not_released(labels: Sequence[str]) -> list[str]:
+    return [
+        f"--encoders: no released weights are called {label!r} (known: {', '.join(RELEASED)}); "
+        f"give kind:folder, such as streamformer:/weights/{label}"
+        for label in labels
+    ]
+
+
+def _no_mini_encoder(labels: Sequence[str]) -> list[str]:
     from experiments.miniworld.encoders import ARMS
 
     return [
@@ -39,31 +84,26 @@ def mini_encoders(labels: Sequence[str]) -> list[str]:
     ]
 
 
-def released_encoders(labels: Mapping[str, str], problems: list[str]) -> dict[str, str]:
-    """Specs of labels on real data; a label without a released encoder is added to ``problems``."""
-    specs = {label: RELEASED.get(spec, spec) for label, spec in labels.items()}
-    problems += [
-        f"--encoders: no released weights are called {spec!r} (known: {', '.join(RELEASED)}); give "
-        f"kind:folder, such as streamformer:/weights/{spec}"
-        for spec in specs.values()
-        if ":" not in spec
-    ]
-    return specs
-
-
 def encoder(spec: str) -> list[str]:
     """Weights that a spec names and that are neither a folder nor within reach of a hub."""
-    source = spec.partition(":")[2]
+    return weights(spec.partition(":")[2], f"--encoders {spec}")
+
+
+def weights(source: str, option: str) -> list[str]:
+    """Weights, a folder or hub id, that are neither there nor within reach of a hub.
+
+    ``option`` says where they were asked for; nothing is wrong with an empty ``source``.
+    """
     if not source or Path(source).is_dir():
         return []
     if Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-        return [f"--encoders {spec}: there is no folder {source}"]
+        return [f"{option}: there is no folder {source}"]
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(source, "config.json"), str):
         return [
-            f"--encoders {spec}: {source} is no folder here and not in the hub's cache, and "
+            f"{option}: {source} is no folder here and not in the hub's cache, and "
             "HF_HUB_OFFLINE is set; unset it, or give a folder"
         ]
     return []

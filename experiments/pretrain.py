@@ -56,7 +56,7 @@ MAIN = {  # objective -> the metric that its curve shows
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    zero_shot.add_config_arguments(parser, work_dir="work_dirs/pretrain")
+    recipe.add_arguments(parser, work_dir="work_dirs/pretrain")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -124,8 +124,7 @@ def preflight_run(config: Mapping[str, Any], folder: Path) -> None:
     copies = 1 + 3 * (config["run"]["keep_checkpoints"] + 1)  # a checkpoint has two moments
     rendered = config["data"]["root"] is None
     found += preflight.disk(folder, preflight.MINIWORLD_BYTES if rendered else copies * WEIGHTS)
-    if found:
-        raise UserError("cannot start:\n  - " + "\n  - ".join(found))
+    preflight.refuse(found)
 
 
 def report_on(

@@ -10,6 +10,7 @@ first use from the sections ``world`` and ``mini_siglip``.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import multiprocessing
 import os
@@ -21,7 +22,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from experiments.config import UserError, field_defaults, load_config
+from experiments import config as configs
+from experiments import preflight
+from experiments.config import UserError, field_defaults, flatten, load_config
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,11 @@ class Source:
     root: Path
     siglip: str
     world: Path | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser, work_dir: str) -> None:
+    """Options of every verb that runs by a pretraining config."""
+    configs.add_arguments(parser, work_dir, example="optim.updates=300")
 
 
 def resolve(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -73,6 +81,18 @@ def resolve(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise UserError(f"config {config}: {error}") from error
     return resolved
+
+
+def mini(changes: Mapping[str, Any], world: Mapping[str, Any]) -> dict[str, Any]:
+    """How mini encoders are made: miniworld's recipe, with the changes of a downstream config.
+
+    Args:
+        changes: section ``mini`` of that config.
+        world: its section ``world``, on which they are trained.
+    """
+    wanted = flatten({"world": world, **changes})
+    made_by = resolve("miniworld", [f"{key}={value!r}" for key, value in wanted.items()])
+    return {key: value for key, value in made_by.items() if key != "world"}
 
 
 def training(
@@ -130,7 +150,8 @@ def prepare(config: Mapping[str, Any], folder: Path) -> Source:
 
 def problems(config: Mapping[str, Any]) -> list[str]:
     """What a config lacks before anything can be trained or measured, as sentences."""
-    found, root = data_problems(config), config["data"]["root"]
+    root = config["data"]["root"]
+    found = preflight.data_root(root, rendered="world" in config)
     if root is not None and not found:
         found += _absent(config["tasks"], Path(root))
     if root is not None and not config["model"].get("siglip"):
@@ -139,19 +160,6 @@ def problems(config: Mapping[str, Any]) -> list[str]:
             "--set model.siglip=google/siglip-base-patch16-224"
         )
     return found
-
-
-def data_problems(config: Mapping[str, Any]) -> list[str]:
-    """Whether the config says where its data lie, and they lie there."""
-    root = config["data"]["root"]
-    if root is None and "world" not in config:
-        return [
-            "data.root is None, and the data of this config are not rendered: say where they lie, "
-            "--set data.root=FOLDER"
-        ]
-    if root is not None and not Path(root).is_dir():
-        return [f"data.root: there is no folder {root}"]
-    return []
 
 
 def _absent(value: Any, root: Path, where: str = "tasks") -> list[str]:

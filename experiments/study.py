@@ -58,7 +58,7 @@ class Arm:
 
 def add_arguments(parser: argparse.ArgumentParser, work_dir: str) -> None:
     """Options of every study."""
-    zero_shot.add_config_arguments(parser, work_dir)
+    recipe.add_arguments(parser, work_dir)
     add = parser.add_argument
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="K", help="of the heads: 0 1 2")
     add(

@@ -57,28 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="labels (siglip, streamformer), or kind:folder, or kind:hub-id; one or several",
     )
     add("--tasks", nargs="+", metavar="TASK", help="of the config; default: all with validation")
-    add_config_arguments(parser, work_dir="work_dirs/pretrain")
-
-
-def add_config_arguments(parser: argparse.ArgumentParser, work_dir: str) -> None:
-    """Options of every verb that reads a pretraining config."""
-    add = parser.add_argument
-    add("--config", default="miniworld", metavar="NAME|PATH", help="default: miniworld")
-    add(
-        "--work-dir",
-        type=Path,
-        default=Path(work_dir),
-        metavar="DIR",
-        help=f"default: {work_dir}; everything is cached and reported here",
-    )
-    add("--device", default="auto", help="auto (the default), cpu, cuda, …")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change the config, such as optim.updates=300; values are Python literals",
-    )
+    recipe.add_arguments(parser, work_dir="work_dirs/pretrain")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -88,9 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     config = recipe.resolve(args.config, args.set)
     config["tasks"] = chosen_tasks(config["tasks"], args.tasks)
-    found = recipe.problems(config) or find_problems(args.encoder, folder)
-    if found:
-        raise UserError("cannot start:\n  - " + "\n  - ".join(found))
+    preflight.refuse(recipe.problems(config) or find_problems(args.encoder, folder))
 
     source = recipe.prepare(config, folder)
     encoders = specs(args.encoder, source, folder)

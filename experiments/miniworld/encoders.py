@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +24,8 @@ from backbone.files import write_json
 from experiments import recipe
 from experiments.config import digest
 
+from .params import WorldParams
+from .render import appearing, render_world
 from .siglip import SiglipRecipe, Stills, normalize, read_stills, train_siglip
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,22 @@ logger = logging.getLogger(__name__)
 ARMS = ("siglip", "streamformer", "image")
 RECIPE_VERSION = 2  # raise it when training changes in any way that no recipe field tells
 DECIDING = ("model", "optim", "tasks", "run", "launch")  # sections of a config that make a model
+
+
+def specs_of(labels: Mapping[str, str], folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Specs by label: bare ones mean mini encoders, trained on first use, or found trained.
+
+    Args:
+        labels: label -> spec, or the name of a mini encoder.
+        folder: the work folder.
+        config: of a downstream task, with the sections ``world`` and ``mini``.
+    """
+    bare = [spec for spec in labels.values() if ":" not in spec]
+    if not bare:
+        return dict(labels)
+    world = render_world(folder / "miniworld", WorldParams(**config["world"]))
+    trained = mini_encoders(folder, world, bare, config["mini"])
+    return {label: trained.get(spec, spec) for label, spec in labels.items()}
 
 
 def mini_encoders(
@@ -72,24 +88,14 @@ def mini_siglip(folder: Path, world: Path, made_by: SiglipRecipe) -> Path:
     """The mini SigLIP of a rendered world, below ``folder/encoders``; trained if need be."""
     made = folder / "encoders" / f"siglip-{digest({**_origin(world), **asdict(made_by)})}"
     if not (made / "config.json").is_file():
-        _appear(made, lambda out: train_siglip(world, out, made_by))
+        with appearing(made, whole="config.json") as out:
+            train_siglip(world, out, made_by)
     return made
 
 
 def _origin(world: Path, siglip: str = "") -> dict[str, Any]:
     """What decides an encoder beside its recipe: the world, and what is lifted."""
     return {"world": world.name, "version": RECIPE_VERSION, "from": siglip}
-
-
-def _appear(folder: Path, make) -> None:
-    """Let ``make`` fill a folder beside, and rename it when it is whole."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    beside.mkdir(parents=True)
-    try:
-        make(beside)
-        os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 # -- what an encoder knows of looks ----------------------------------------------------------------

@@ -72,18 +72,18 @@ def render_world(root: Path | str, params: WorldParams, workers: int | None = No
     if (world / "world.json").is_file():
         logger.info("miniworld: reusing %s", world)
         return world
-    root.mkdir(parents=True, exist_ok=True)
     with appearing(world) as folder:
         _render(folder, params, workers or cores())
     return world
 
 
 @contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
+def appearing(folder: Path, whole: str = "world.json") -> Iterator[Path]:
     """A folder beside the wanted one, renamed to it at the end, removed if anything fails.
 
-    It is whole when it holds a ``world.json``, so write that.
+    The file ``whole``, once written, tells that the folder is.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     partial_folder = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield partial_folder
@@ -91,7 +91,7 @@ def appearing(folder: Path) -> Iterator[Path]:
         try:
             os.replace(partial_folder, folder)
         except OSError:
-            if not (folder / "world.json").is_file():
+            if not (folder / whole).is_file():
                 raise
             logger.info("miniworld: another process finished %s first; using that", folder)
     finally:

@@ -4,7 +4,7 @@
 averaged weights of the last epoch and leaves the result in a file, which the next call returns.
 Nothing is chosen by what evaluation says: the number of epochs is the config's.
 
-    <work dir>/resolved.json        the whole config, seed and origin of the features
+    <work dir>/resolved.json        the whole config, seed, encoder and origin of the features
     <work dir>/test_results.json    the result; its presence means that the run is finished
     <work dir>/head.safetensors     the evaluated head, see ``checkpoints.load_head``
     <work dir>/training/            mmengine's checkpoints and logs
@@ -12,7 +12,6 @@ Nothing is chosen by what evaluation says: the number of epochs is the config's.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from mmengine.config import Config
 from mmengine.dataset import default_collate, pseudo_collate
 from torch.utils.data import DataLoader
 
-from backbone.files import write_json
+from backbone.files import read_json, write_json
 from integrations.oad.checkpoints import save_head
 from integrations.oad.config import DataConfig, EvalConfig, OadConfig
 from integrations.oad.data import (
@@ -35,6 +34,7 @@ from integrations.oad.data import (
     read_data_info,
     read_session,
 )
+from integrations.oad.features import read_facts
 from integrations.oad.hooks import (
     AverageWeights,
     DecayMatrices,
@@ -49,6 +49,7 @@ from integrations.runs import (
     FiniteLoss,
     PlainMessageHub,
     QuietRunner,
+    claim,
     device_of,
     instances,
     last_checkpoint,
@@ -59,6 +60,7 @@ logger = logging.getLogger(__name__)
 
 RESULTS = "test_results.json"
 RESOLVED = "resolved.json"
+ENCODERS_OWN = ("encoder", "dim", "image_size", "image_mean", "image_std")  # of features.json
 
 
 def run_oad(
@@ -91,11 +93,12 @@ def run_oad(
     settings = OadConfig.from_dict(config.to_dict() if isinstance(config, Config) else config)
     work_dir, data_root, features_root = Path(work_dir), Path(data_root), Path(features_root)
     work_dir.mkdir(parents=True, exist_ok=True)
-    _claim(work_dir, settings, features_root, seed)
-    finished = work_dir / RESULTS
+    folder, finished = work_dir / "training", work_dir / RESULTS
+    trained = finished.is_file() or last_checkpoint(folder)[0] is not None
+    claim(work_dir, _resolved(settings, features_root, seed), work_dir / RESOLVED, trained)
     if finished.is_file():
         logger.info("%s: finished earlier", finished)
-        return json.loads(finished.read_text())
+        return read_json(finished)
     videos = _video_arguments(settings.data, features_root, data_root)
     windows = OadWindows(
         _head_config(settings, features_root, data_root),
@@ -103,7 +106,6 @@ def run_oad(
         session=settings.data.train_set,
         **videos,
     )
-    folder = work_dir / "training"
     named = {*settings.data.val_sets, *settings.data.test_sets}
     loaders = {name: _videos_loader(videos, name, settings.eval) for name in sorted(named)}
     with (
@@ -242,35 +244,18 @@ def _notes(windows: OadWindows, features_root: Path) -> dict[str, Any]:
 def _facts(features_root: Path) -> dict[str, Any] | None:
     """How the features were made; None for foreign ones."""
     path = features_root / "features.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_facts(path) if path.is_file() else None
 
 
-def _claim(work_dir: Path, settings: OadConfig, features_root: Path, seed: int) -> None:
-    """Make sure that what was trained in the work dir belongs to this very run."""
-    resolved = {**settings.to_dict(), "seed": seed, "features": _facts(features_root)}
-    resolved = json.loads(json.dumps(resolved))
-    path = work_dir / RESOLVED
-    trained = (work_dir / RESULTS).is_file() or last_checkpoint(work_dir / "training")[1]
-    if not path.is_file() or not trained:
-        write_json(path, resolved)
-        return
-    differing = _differing(json.loads(path.read_text()), resolved)
-    if differing:
-        raise ValueError(
-            f"{work_dir} holds another run: {'; '.join(differing)}. Use another folder, or delete "
-            "this one"
-        )
-
-
-def _differing(there: object, now: object, where: str = "") -> list[str]:
-    """One line for each value that two nested dicts do not share."""
-    if isinstance(there, dict) and isinstance(now, dict):
-        return [
-            line
-            for key in sorted({*there, *now})
-            for line in _differing(there.get(key), now.get(key), f"{where}.{key}".lstrip("."))
-        ]
-    return [] if there == now else [f"{where} is {there!r} there and {now!r} now"]
+def _resolved(settings: OadConfig, features_root: Path, seed: int) -> dict[str, Any]:
+    """All that decides a run; what the encoder brings stands apart from how features were made."""
+    facts = _facts(features_root) or {}
+    return {
+        **settings.to_dict(),
+        "seed": seed,
+        "encoder": {key: facts[key] for key in ENCODERS_OWN if key in facts},
+        "features": {key: value for key, value in facts.items() if key not in ENCODERS_OWN},
+    }
 
 
 def _head_config(settings: OadConfig, features_root: Path, data_root: Path) -> MatConfig:

@@ -7,8 +7,10 @@ import os
 
 import pytest
 
+from backbone.files import write_json
 from experiments.comparison import (
     ComparisonError,
+    compare_as_run,
     config_difference,
     encoder_labels,
     plan,
@@ -69,6 +71,7 @@ def work(config, folder):
 
 
 def test_runs_share_the_cores_and_an_error_in_one_comes_back(tmp_path, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     (tmp_path / "abroad.py").write_text(ABROAD)
     monkeypatch.syspath_prepend(tmp_path)
     work = importlib.import_module("abroad").work
@@ -150,6 +153,17 @@ def test_a_truncated_result_names_its_file(tmp_path):
     path.write_text(path.read_text()[:20])
     with pytest.raises(ValueError, match=r"result.json is not JSON .*delete it and run again"):
         run_all(runs, Task())
+
+
+def test_runs_are_compared_as_they_ran(tmp_path):
+    runs = plan(CONFIG, ENCODERS, [0], tmp_path)
+    for run in runs:
+        found = {"train": {"lr": 1}, "encoder": {"dim": len(run.label)}, "features": {"fps": 4}}
+        write_json(run.folder / "resolved.json", found)
+    compare_as_run(runs)
+    write_json(run.folder / "resolved.json", {**found, "train": {"lr": 2}, "features": {"fps": 8}})
+    with pytest.raises(ComparisonError, match=r"features.fps is 4 \(siglip\), 8 .*; train.lr is 1"):
+        compare_as_run(runs)
 
 
 @pytest.mark.parametrize("key", ["encoders", "encoder_size", "train"])

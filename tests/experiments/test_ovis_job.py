@@ -98,12 +98,12 @@ def test_its_segmenter_tracks_a_video(job, tmp_path, capsys):
 
 
 def test_what_is_missing_is_said_at_once(tmp_path):
-    with pytest.raises(UserError, match="ytvis2019 is not rendered: say where it lies"):
+    with pytest.raises(UserError, match="data.root is None, and .* not rendered: say where"):
         main(["ovis", "--config", "ytvis2019", "--work-dir", str(tmp_path)])
     with pytest.raises(UserError, match="there is no folder /nowhere"):
         words = ["--config", "ovis", "--set", "data.root=/nowhere", "--work-dir", str(tmp_path)]
         main(["ovis", *words])
-    with pytest.raises(UserError, match="(?s)there is no trained segmenter under .*run.py ovis"):
+    with pytest.raises(UserError, match="(?s)no segmenter.safetensors of a run .*run.py ovis"):
         main(["track", "video.mp4", "--work-dir", str(tmp_path)])
     with pytest.raises(UserError, match="--set tracker.recent=0.*|recent=0 is below 1"):
         main(["ovis", "--set", "tracker.recent=0", "--work-dir", str(tmp_path)])
