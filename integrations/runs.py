@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import sys
 import uuid
@@ -119,6 +120,55 @@ class FiniteLoss(Hook):
                 f"the loss is {loss} in epoch {runner.epoch + 1}, iteration {runner.iter + 1}, at "
                 f"learning rate {rate:.2e}; {self.mend}"
             )
+
+
+class Bar(Hook):
+    """A bar on stderr, closed after a training, and open over each set that is evaluated.
+
+    Its heirs open it for a training. Data sets have a ``title``.
+    """
+
+    priority = "LOWEST"
+    batch = "batch"  # what one batch of a set is called
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def open(self, title: str, total: int, unit: str, initial: int = 0) -> None:
+        """Show a bar."""
+        self.bar = tqdm(
+            total=total, initial=initial, desc=title, unit=unit, file=sys.stderr, leave=False
+        )
+
+    def after_train(self, runner: Runner) -> None:
+        """Close the bar."""
+        self.bar.close()
+
+    def before_test(self, runner: Runner) -> None:
+        """Open a bar for one set."""
+        batches = runner.test_dataloader
+        self.open(f"evaluating {batches.dataset.title}", len(batches), self.batch)
+
+    def after_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: object = None
+    ) -> None:
+        """Advance."""
+        self.bar.update()
+
+    def after_test(self, runner: Runner) -> None:
+        """Close the bar."""
+        self.bar.close()
+
+
+def seed_all(seed: int, place: int) -> None:
+    """Give Python, NumPy and torch a random state of its own, drawn from (seed, place).
+
+    So a resumed run draws from some place on what one draws that was never interrupted.
+    """
+    state = np.random.SeedSequence([seed, place]).generate_state(1)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[0]))
+    torch.manual_seed(int(state[0]))
 
 
 def plain(value: object) -> object:

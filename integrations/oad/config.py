@@ -11,14 +11,13 @@ No section names an encoder: that is the folder of features that ``train.run_oad
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from integrations.oad.mat import MatConfig
+from integrations.sections import read_section, refuse_other_sections, refuse_unknown
 
 FROM_DATA = ("visual_size", "motion_size", "num_classes")  # of MatConfig
-Section = TypeVar("Section")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,19 +92,13 @@ class OadConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> OadConfig:
         """Read nested mappings; a key that does not exist is refused with the nearest that does."""
-        _refuse_unknown(values, [field.name for field in fields(cls)], "config")
-        missing = [field.name for field in fields(cls) if field.name not in values]
-        if missing:
-            raise ValueError(f"config lacks the section {missing[0]!r}")
-        head = dict(values["head"])
-        _refuse_unknown(
-            head, [f.name for f in fields(MatConfig) if f.name not in FROM_DATA], "head"
-        )
+        refuse_other_sections(values, cls)
+        refuse_unknown(values["head"], MatConfig, "head", given=FROM_DATA)
         return cls(
-            data=_section(DataConfig, values["data"], "data"),
-            head=head,
-            train=_section(TrainConfig, values["train"], "train"),
-            eval=_section(EvalConfig, values["eval"], "eval"),
+            data=read_section(DataConfig, values["data"], "data"),
+            head=dict(values["head"]),
+            train=read_section(TrainConfig, values["train"], "train"),
+            eval=read_section(EvalConfig, values["eval"], "eval"),
         )
 
     def mat(self, visual_size: int, motion_size: int, num_classes: int) -> MatConfig:
@@ -116,20 +109,3 @@ class OadConfig:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, defaults included."""
         return asdict(self)
-
-
-def _section(cls: type[Section], values: Mapping[str, Any], name: str) -> Section:
-    _refuse_unknown(values, [field.name for field in fields(cls)], name)
-    tupled = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    try:
-        return cls(**tupled)
-    except TypeError as error:  # a field without a default is missing
-        raise ValueError(f"section {name!r}: {error}") from error
-
-
-def _refuse_unknown(values: Mapping[str, Any], known: list[str], where: str) -> None:
-    for key in values:
-        if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"{where} has no key {key!r}; {hint}")

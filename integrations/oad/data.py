@@ -231,6 +231,11 @@ class OadVideos(_Videos):
     ActionDataSample with "video" and "target" (T, C)}``.
     """
 
+    @property
+    def title(self) -> str:
+        """For progress bars."""
+        return self.session
+
     def prepare_data(self, idx: int) -> dict:
         """Give one video with its targets."""
         inputs = {"visual": torch.from_numpy(_float32(self.visual[idx]))}

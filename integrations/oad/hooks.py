@@ -6,18 +6,16 @@ Also the learning-rate curve of the release, as an mmengine parameter scheduler.
 from __future__ import annotations
 
 import math
-import random
-import sys
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from mmaction.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS, PARAM_SCHEDULERS
 from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import OptimWrapper, _ParamScheduler
 from mmengine.runner import Runner
 from torch import nn
-from tqdm import tqdm
+
+from integrations.runs import Bar, seed_all
 
 
 @HOOKS.register_module()
@@ -72,30 +70,25 @@ class EpochSeed(Hook):
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Seed Python, NumPy and torch."""
-        state = np.random.SeedSequence([runner.seed, runner.epoch]).generate_state(1)
-        random.seed(int(state[0]))
-        np.random.seed(int(state[0]))
-        torch.manual_seed(int(state[0]))
+        seed_all(runner.seed, runner.epoch)
 
 
 @HOOKS.register_module()
-class ProgressBar(Hook):
+class ProgressBar(Bar):
     """A bar on stderr: epochs with loss and last validation, then the videos of each test set.
 
     Args:
         metric: of the validation, shown in percent.
     """
 
-    priority = "LOWEST"
-
     def __init__(self, metric: str = "online/mAP") -> None:
+        super().__init__()
         self.metric = metric
-        self.bar: tqdm | None = None
         self.shown: dict[str, str] = {}
 
     def before_train(self, runner: Runner) -> None:
         """Open the bar where training starts or goes on."""
-        self._open("training", runner.max_epochs, "epoch", runner.epoch)
+        self.open("training", runner.max_epochs, "epoch", runner.epoch)
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Advance."""
@@ -109,34 +102,6 @@ class ProgressBar(Hook):
         if self.bar is not None and metrics and self.metric in metrics:
             self.shown[self.metric] = f"{100 * metrics[self.metric]:.1f}"
             self.bar.set_postfix(self.shown)
-
-    def after_train(self, runner: Runner) -> None:
-        """Close the bar."""
-        self.bar.close()
-
-    def before_test(self, runner: Runner) -> None:
-        """Open a bar for one set of videos."""
-        data = runner.test_dataloader
-        self._open(f"evaluating {data.dataset.session}", len(data), "batch")
-
-    def after_test_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: object = None,
-        outputs: object = None,
-    ) -> None:
-        """Advance."""
-        self.bar.update()
-
-    def after_test(self, runner: Runner) -> None:
-        """Close the bar."""
-        self.bar.close()
-
-    def _open(self, title: str, total: int, unit: str, initial: int = 0) -> None:
-        self.bar = tqdm(
-            total=total, initial=initial, desc=title, unit=unit, file=sys.stderr, leave=False
-        )
 
 
 @PARAM_SCHEDULERS.register_module()

@@ -31,13 +31,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from integrations.sections import refuse_unknown
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 GROUPINGS = ("sample", "batch")
@@ -208,12 +209,7 @@ class MatConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MatConfig:
         """Build from a mapping; raises ValueError naming unknown keys and the nearest field."""
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                near = get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; fields are {known}"
-                raise ValueError(f"MatConfig has no field {name!r} (value {values[name]!r}){hint}")
+        refuse_unknown(values, cls, "MatConfig")
         return cls(**values)
 
 

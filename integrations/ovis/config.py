@@ -16,9 +16,8 @@ No section names an encoder: that is what ``train.run_ovis`` is given.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from integrations.ovis.adapter import AdapterConfig
 from integrations.ovis.augment import ClipAugmentation
@@ -30,12 +29,12 @@ from integrations.ovis.layout import RELEASES
 from integrations.ovis.online import MODES
 from integrations.ovis.postprocess import VideoConfig
 from integrations.ovis.tracker import TrackerConfig
+from integrations.sections import read_section, refuse_other_sections, refuse_unknown
 
 FROM_ENCODER = ("embed_dim", "patch_size", "taps")  # of AdapterConfig
 FROM_DATA = ("in_channels", "num_classes")  # of HeadConfig
 PRECISIONS = ("float32", "bfloat16", "float16")
 SCHEDULES = ("step", "cosine")
-Section = TypeVar("Section")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,24 +168,15 @@ class OvisConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> OvisConfig:
         """Read nested mappings; a key that does not exist is refused with the nearest that does."""
-        names = [item.name for item in fields(cls)]
-        _refuse_unknown(values, names, "config")
-        missing = [name for name in names if name not in values]
-        if missing:
-            raise ValueError(f"config lacks the section {missing[0]!r}")
-        for name, record, given in (
-            ("adapter", AdapterConfig, FROM_ENCODER),
-            ("head", HeadConfig, FROM_DATA),
-        ):
-            known = [item.name for item in fields(record) if item.name not in given]
-            _refuse_unknown(values[name], known, name)
+        refuse_other_sections(values, cls)
+        refuse_unknown(values["adapter"], AdapterConfig, "adapter", given=FROM_ENCODER)
+        refuse_unknown(values["head"], HeadConfig, "head", given=FROM_DATA)
         augmentation = values["data"].get("augmentation", {})
-        known = [item.name for item in fields(ClipAugmentation)]
-        _refuse_unknown(augmentation, known, "data.augmentation")
+        refuse_unknown(augmentation, ClipAugmentation, "data.augmentation")
         read = cls(
             adapter=dict(values["adapter"]),
             head=dict(values["head"]),
-            **{name: _section(record, values[name], name) for name, record in _RECORDS.items()},
+            **{name: read_section(record, values[name], name) for name, record in _RECORDS.items()},
         )
         read.data.clips()  # a wrong value is refused here
         return read
@@ -205,20 +195,3 @@ _RECORDS = {
     "train": TrainConfig,
     "eval": EvalConfig,
 }
-
-
-def _section(cls: type[Section], values: Mapping[str, Any], name: str) -> Section:
-    _refuse_unknown(values, [item.name for item in fields(cls)], name)
-    tupled = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    try:
-        return cls(**tupled)
-    except TypeError as error:  # a field without a default is missing
-        raise ValueError(f"section {name!r}: {error}") from error
-
-
-def _refuse_unknown(values: Mapping[str, Any], known: list[str], where: str) -> None:
-    for key in values:
-        if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"{where} has no key {key!r}; {hint}")

@@ -255,6 +255,11 @@ class WholeVideos(Dataset):
         self.videos, self.short, self.longest = videos, short, longest
 
     @property
+    def title(self) -> str:
+        """For progress bars."""
+        return self.videos.name
+
+    @property
     def metainfo(self) -> dict[str, Any]:
         """What ``metrics.TrackAP`` reads: categories, and the document to score against."""
         return {

@@ -5,18 +5,16 @@ Also the optimiser's groups and the learning-rate curve, from plain values.
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
-from tqdm import tqdm
+
+from integrations.runs import Bar, seed_all
 
 
 class ClipLoop(IterBasedTrainLoop):
@@ -50,23 +48,17 @@ class IterationSeed(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         """Seed Python, NumPy and torch."""
-        state = np.random.SeedSequence([runner.seed, runner.iter]).generate_state(1)
-        random.seed(int(state[0]))
-        np.random.seed(int(state[0]))
-        torch.manual_seed(int(state[0]))
+        seed_all(runner.seed, runner.iter)
 
 
-class IterationBar(Hook):
+class IterationBar(Bar):
     """A bar on stderr: iterations with the loss, then the videos of each evaluated set."""
 
-    priority = "LOWEST"
-
-    def __init__(self) -> None:
-        self.bar: tqdm | None = None
+    batch = "video"
 
     def before_train(self, runner: Runner) -> None:
         """Open the bar where training starts or goes on."""
-        self._open("training", runner.max_iters, "step", runner.iter)
+        self.open("training", runner.max_iters, "step", runner.iter)
 
     def after_train_iter(
         self,
@@ -78,30 +70,6 @@ class IterationBar(Hook):
         """Advance."""
         self.bar.set_postfix({"loss": f"{outputs['loss'].item():.2f}"}, refresh=False)
         self.bar.update()
-
-    def after_train(self, runner: Runner) -> None:
-        """Close the bar."""
-        self.bar.close()
-
-    def before_test(self, runner: Runner) -> None:
-        """Open a bar for one set of videos."""
-        data = runner.test_dataloader
-        self._open(f"evaluating {data.dataset.videos.name}", len(data), "video")
-
-    def after_test_iter(
-        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: object = None
-    ) -> None:
-        """Advance."""
-        self.bar.update()
-
-    def after_test(self, runner: Runner) -> None:
-        """Close the bar."""
-        self.bar.close()
-
-    def _open(self, title: str, total: int, unit: str, initial: int = 0) -> None:
-        self.bar = tqdm(
-            total=total, initial=initial, desc=title, unit=unit, file=sys.stderr, leave=False
-        )
 
 
 class SegmenterOptimizer:

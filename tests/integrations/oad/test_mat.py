@@ -536,7 +536,7 @@ def test_a_config_names_all_its_problems_at_once(small_config):
 
 def test_a_config_survives_json(small_config):
     assert MatConfig.from_dict(json.loads(json.dumps(small_config.to_dict()))) == small_config
-    with pytest.raises(ValueError, match="no field 'num_head'.*did you mean 'num_heads'"):
+    with pytest.raises(ValueError, match="no key 'num_head'.*did you mean 'num_heads'"):
         MatConfig.from_dict(small_config.to_dict() | {"num_head": 2})
 
 
