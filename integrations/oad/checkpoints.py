@@ -13,7 +13,6 @@ built again from this file alone.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
@@ -22,15 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from backbone.checkpoints import CheckpointError, load_strict
-from backbone.files import replacing
 from integrations.oad.mat import MatConfig, MatHead, Stack
+from integrations.weights_file import WeightsFile
 
-FORMAT = "streamformer-mat-1"
+OWN = WeightsFile("streamformer-mat-1", "a MAT head", "for a released checkpoint use load_released")
 POSITION_TABLE = "pos_encoding.pe"
 
 # ----- released
@@ -165,14 +162,7 @@ def _check_positions(table: Tensor, head: MatHead, path: Path) -> None:
 
 def save_head(head: MatHead, path: str | Path, notes: Mapping[str, Any] | None = None) -> None:
     """Write weights, config and ``notes`` (JSON-able: classes, ignored column, …) to one file."""
-    metadata = {
-        "format": FORMAT,
-        "config": json.dumps(head.config.to_dict()),
-        "notes": json.dumps(dict(notes or {}), allow_nan=False),
-    }
-    state = {name: value.cpu().contiguous() for name, value in head.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(state, temporary, metadata)
+    OWN.save(path, head.state_dict(), notes, config=head.config.to_dict())
 
 
 def load_head(path: str | Path) -> MatHead:
@@ -183,9 +173,9 @@ def load_head(path: str | Path) -> MatHead:
         CheckpointError: a file that is damaged, is not one of ours, or whose weights and config
             do not agree; keys are named.
     """
-    metadata, state = _read_own(path, weights=True)
+    records, state = OWN.read(path)
     try:
-        config = MatConfig.from_dict(json.loads(metadata["config"]))
+        config = MatConfig.from_dict(records["config"])
     except ValueError as error:
         raise CheckpointError(f"{path}: its config does not hold: {error}") from error
     head = MatHead(config)
@@ -195,20 +185,4 @@ def load_head(path: str | Path) -> MatHead:
 
 def read_notes(path: str | Path) -> dict[str, Any]:
     """Return what ``save_head`` was told to note; errors as ``load_head``."""
-    return json.loads(_read_own(path, weights=False)[0]["notes"])
-
-
-def _read_own(path: str | Path, weights: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()} if weights else {}  # noqa: SIM118
-    except SafetensorError as error:
-        size = Path(path).stat().st_size
-        raise CheckpointError(f"{path} ({size} bytes) cannot be read: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is not a MAT head of format {FORMAT!r}, its metadata says"
-            f" {metadata.get('format')!r}; for a released checkpoint use load_released"
-        )
-    return metadata, state
+    return OWN.notes(path)

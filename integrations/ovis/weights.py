@@ -14,7 +14,6 @@ head can be built again from this file alone; the encoder, frozen, stays where i
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import re
@@ -24,20 +23,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from backbone import StreamformerEncoder
 from backbone.checkpoints import CheckpointError, load_strict, read_weights, rename
-from backbone.files import replacing
 from backbone.modeling import PatchEmbeddings
 from integrations.ovis.adapter import AdapterConfig, ViTAdapter
 from integrations.ovis.head import HeadConfig, SegmentationHead
+from integrations.weights_file import WeightsFile
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "streamformer-ovis-1"
+OWN = WeightsFile("streamformer-ovis-1", "a segmenter", "for published heads use start_head")
 
 # -- the tables -----------------------------------------------------------------------------------
 
@@ -335,18 +332,13 @@ def save_segmenter(
 ) -> None:
     """Write both, their configs and ``notes`` (JSON-able: classes, the encoder, …) to one file."""
     parts = {"adapter": adapter, "head": head}
-    metadata = {
-        "format": FORMAT,
-        "notes": json.dumps(dict(notes or {}), allow_nan=False),
-        **{name: json.dumps(part.config.to_dict()) for name, part in parts.items()},
-    }
     state = {
-        f"{name}.{key}": value.cpu().contiguous()
+        f"{name}.{key}": value
         for name, part in parts.items()
         for key, value in part.state_dict().items()
     }
-    with replacing(path) as temporary:
-        save_file(state, temporary, metadata)
+    configs = {name: part.config.to_dict() for name, part in parts.items()}
+    OWN.save(path, state, notes, **configs)
 
 
 def load_segmenter(path: str | Path) -> tuple[ViTAdapter, SegmentationHead]:
@@ -357,12 +349,12 @@ def load_segmenter(path: str | Path) -> tuple[ViTAdapter, SegmentationHead]:
         CheckpointError: a file that is damaged, is not one of ours, or whose weights and configs do
             not agree; keys are named.
     """
-    metadata, state = _read_own(path, weights=True)
+    records, state = OWN.read(path)
     kinds = {"adapter": (AdapterConfig, ViTAdapter), "head": (HeadConfig, SegmentationHead)}
     built = []
     for name, (config, module) in kinds.items():
         try:
-            fields = json.loads(metadata[name])
+            fields = records[name]
             if "taps" in fields:
                 fields["taps"] = tuple(fields["taps"])
             part: nn.Module = module(config(**fields))
@@ -378,20 +370,4 @@ def load_segmenter(path: str | Path) -> tuple[ViTAdapter, SegmentationHead]:
 
 def read_notes(path: str | Path) -> dict[str, Any]:
     """Return what ``save_segmenter`` was told to note; errors as ``load_segmenter``."""
-    return json.loads(_read_own(path, weights=False)[0]["notes"])
-
-
-def _read_own(path: str | Path, weights: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()} if weights else {}  # noqa: SIM118
-    except SafetensorError as error:
-        size = Path(path).stat().st_size
-        raise CheckpointError(f"{path} ({size} bytes) cannot be read: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is no segmenter of format {FORMAT!r}, its metadata says "
-            f"{metadata.get('format')!r}; for published heads use start_head"
-        )
-    return metadata, state
+    return OWN.notes(path)

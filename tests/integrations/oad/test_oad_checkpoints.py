@@ -217,5 +217,5 @@ def test_own_files_that_do_not_fit_are_refused(make_head, small_config, tmp_path
     with pytest.raises(CheckpointError, match=r"linear1.weight \(12, 8\) instead of \(20, 8\)"):
         load_head(path)
     path.write_bytes(path.read_bytes().replace(b"num_heads", b"num_headz"))
-    with pytest.raises(CheckpointError, match="no field 'num_headz'.*did you mean 'num_heads'"):
+    with pytest.raises(CheckpointError, match="no key 'num_headz'.*did you mean 'num_heads'"):
         load_head(path)

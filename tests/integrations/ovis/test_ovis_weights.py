@@ -189,7 +189,7 @@ def test_a_file_of_ours_that_is_not_right_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_segmenter(path)
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match="is no segmenter .*for published heads use start_he"):
+    with pytest.raises(CheckpointError, match="is not a segmenter .*published heads use start_he"):
         load_segmenter(path)
     save_segmenter(small_adapter(), small_head(in_channels=8), path)
     data = path.read_bytes()
