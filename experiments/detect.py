@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments import live
 from experiments.config import UserError
 
 logger = logging.getLogger(__name__)
@@ -40,30 +39,19 @@ RELEASED_HEADS = {22: "THUMOS", 31: "TVSeries"}  # classes -> entry of data_info
 RELEASED_RULE = {"protocol": "clip", "video_fps": 24.0, "chunk_frames": 6, "resize": "crop"}
 WRITTEN = {"annotated": "mp4", "timeline": "png", "detections": "json"}
 END_SHARE = 0.6  # an action that is on ends below this share of the threshold
-WARM_UP = 5  # frames that do not count in the speed, where there are enough others
 PICTURES = 64  # kept for the timeline, thinned out as the video grows
 PICTURE_WIDTH = 160
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
+    live.add_arguments(parser, verb="oad")
     add = parser.add_argument
-    add("video", help="file, folder of images, camera:0, or an http, rtsp, … address")
     add("--encoder", metavar="KIND:SOURCE", help="default: the one that the head was trained with")
     add("--head", type=Path, metavar="FOLDER|FILE", help="default: streamformer's in --work-dir")
-    add(
-        "--work-dir",
-        type=Path,
-        default=Path("work_dirs/oad"),
-        metavar="DIR",
-        help="of the verb oad",
-    )
-    add("--window", type=int, metavar="FRAMES", help="of the encoder; default: as trained with")
     add("--fps", type=float, help="frames read per second; default: the rate that the head knows")
     add("--threshold", type=float, default=0.5, help="score at which an action begins, default 0.5")
-    add("--max-seconds", type=float, metavar="S", help="stop after this much of the video")
     add("--out", type=Path, metavar="DIR", help="default: work_dirs/detect/<name of the video>")
-    add("--device", default="auto", help="auto (the default), cpu, cuda, …")
 
 
 @dataclass(frozen=True)
@@ -179,15 +167,7 @@ class Watcher:
         )
         self.stream = encoder.stream() if trained.rule["protocol"] == "stream" else None
         self.chunk: list[Any] = []
-        self.seconds: dict[str, list[float]] = {"decode": [], "encode": [], "head": []}
-
-    def frames(self, reader: Any) -> Iterator[Any]:
-        """Frames of the reader, with the time that each one took to come."""
-        start = time.perf_counter()
-        for frame in reader:
-            self.seconds["decode"].append(time.perf_counter() - start)
-            yield frame
-            start = time.perf_counter()
+        self.clock = live.Stopwatch(("encode", "head"), encoder.device)
 
     def push(self, image: np.ndarray) -> np.ndarray | None:
         """Take one frame (H, W, 3) uint8; return (actions,) scores when it completes a step."""
@@ -196,7 +176,7 @@ class Watcher:
         from backbone import video
 
         encoder, rule = self.encoder, self.trained.rule
-        with self._timed("encode"):
+        with self.clock("encode"):
             frame = video.preprocess(
                 image[None],
                 encoder.image_size,
@@ -213,20 +193,10 @@ class Watcher:
         if not complete:
             return None
         self.chunk.clear()
-        with self._timed("head"):
+        with self.clock("head"):
             said = self.detector.push(features.frame_embeddings[:, -1].float())
             scores = said.scores[0, -1].cpu().numpy()  # (C,)
         return scores[self.trained.actions]
-
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.encoder.device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(self.encoder.device)
-        self.seconds[part].append(time.perf_counter() - start)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -253,9 +223,9 @@ def watch(args: argparse.Namespace, trained: Trained, encoder: Any, out: Path) -
     rate = args.fps or trained.rule["video_fps"]
     with video.open_video(args.video, rate, end=args.max_seconds, truncated="keep") as reader:
         fps = float(reader.fps)
-        _say(f"{reader.name}: {reader.width} x {reader.height}, read at {fps:g} fps")
-        _say(f"encoder {encoder.name}")
-        _say(f"head {trained.path}, {len(names)} actions of {trained.dataset}")
+        live.say(f"{reader.name}: {reader.width} x {reader.height}, read at {fps:g} fps")
+        live.say(f"encoder {encoder.name}")
+        live.say(f"head {trained.path}, {len(names)} actions of {trained.dataset}")
         _annotate(reader, watcher, seen, out / "annotated.mp4")
     seen.finish(trained.rule["chunk_frames"] / fps)
     if seen.rows:
@@ -263,24 +233,22 @@ def watch(args: argparse.Namespace, trained: Trained, encoder: Any, out: Path) -
             seen.plot(temporary, f"{Path(args.video).name}: what is seen, from the past alone")
     else:
         logger.warning("%s ended before its first step: no timeline", args.video)
-    costs = speed(watcher.seconds)
+    costs = live.speed(watcher.clock.seconds)
     result = {
         "video": args.video,
         "encoder": encoder.name,
         "encoder_settings": encoder.settings(),
         "head": str(trained.path),
         "dataset": trained.dataset,
-        "frames": len(watcher.seconds["decode"]),
+        "frames": watcher.clock.count,
         "steps": len(seen.rows),
         "segments": seen.switch.segments,
         "milliseconds_per_frame": costs,
         "files": {name: str(out / f"{name}.{kind}") for name, kind in WRITTEN.items()},
     }
     write_json(out / "detections.json", result)
-    possible = 1000 / max(sum(costs.values()), 1e-9)
-    _say("per frame: " + ", ".join(f"{part} {cost:.2f} ms" for part, cost in costs.items()))
-    _say(f"so {possible:.0f} frames per second are possible, {fps:g} are needed live")
-    _say(", ".join(result["files"].values()))
+    live.say_costs(costs, fps)
+    live.say(", ".join(result["files"].values()))
     return result
 
 
@@ -292,9 +260,9 @@ def _annotate(reader: Any, watcher: Watcher, seen: Seen, path: Path) -> None:
     size = canvas_size(reader.width, reader.height)
     with VideoWriter(path, reader.fps, size) as writer:
         try:
-            for frame in watcher.frames(reader):
+            for frame in watcher.clock.frames(reader):
                 for line in seen.add(frame, watcher.push(frame.image)):
-                    _say(line)
+                    live.say(line)
                 writer.write(draw_scores(frame.image, size, frame.time, seen.ranked()))
         except KeyboardInterrupt:
             logger.info("interrupted: writing what was seen so far")
@@ -308,10 +276,7 @@ def find_head(path: Path | None, work_dir: Path) -> Trained:
     """
     from backbone.checkpoints import CheckpointError
 
-    file = _default_head(work_dir) if path is None else path
-    file = file / HEAD_FILE if file.is_dir() else file
-    if not file.is_file():
-        raise UserError(f"--head: there is no {file}; give a run's folder, or a head's file")
+    file = live.find_trained(path, work_dir, HEAD_FILE, verb="oad", option="--head")
     try:
         trained = _own(file) if file.suffix == ".safetensors" else _released(file)
     except CheckpointError as error:
@@ -325,81 +290,21 @@ def find_head(path: Path | None, work_dir: Path) -> Trained:
 
 
 def build(spec: str | None, trained: Trained, window: int | None, device: str) -> Any:
-    """Build the encoder as the head knows it, and refuse or mention what it does not know.
+    """Build the encoder as the head knows it; what the head does not know is refused or logged.
 
     Raises:
         UserError: no encoder is named, it is not there, or its features have another width.
     """
-    from backbone import build_encoder
-    from experiments.environment import choose_device
-    from experiments.preflight import encoder as missing
-
-    if spec is None:
-        raise UserError(
-            f"--encoder: {trained.path} does not say which encoder it was trained "
-            "with; name it, such as --encoder streamformer:FOLDER"
-        )
-    if problems := missing(spec):
-        raise UserError(problems[0])
-    known = trained.settings or {}
-    options = {name: known.get(name) for name in ("window", "temporal_positions")}
-    if window is not None:
-        options["window"] = window
-    try:
-        encoder = build_encoder(spec, **options, device=choose_device(device))
-    except ValueError as error:
-        raise UserError(f"--encoder {spec}: {error}") from error
-    wanted = trained.head.config.visual_size
-    if encoder.embed_dim != wanted:
-        raise UserError(
-            f"--encoder {spec}: its features are {encoder.embed_dim} wide, but the head "
-            f"{trained.path} reads {wanted}; use the encoder that it was trained with"
-        )
-    found = encoder.settings()
-    for name in sorted(known.keys() | found.keys()) if known else ():
-        if known.get(name) != found.get(name):
-            logger.warning(
-                "the head was trained with %s=%r, this encoder has %r: scores may be worse",
-                name,
-                known.get(name),
-                found.get(name),
-            )
+    encoder = live.build_as_trained(spec, trained.path, trained.settings or {}, window, device)
+    live.refuse_width(spec, encoder.embed_dim, trained.path, trained.head.config.visual_size)
     return encoder
 
 
-def speed(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Milliseconds per frame of each part, means without the first frames."""
-    frames = len(seconds["decode"])
-    skip = WARM_UP if frames > 4 * WARM_UP else 0
-    costs = {}
-    for part, spent in seconds.items():
-        per_call = frames / max(len(spent), 1)  # the head answers once per step
-        counted = spent[int(skip / per_call) :]
-        costs[part] = 1000 * sum(counted) / max(len(counted) * per_call, 1)
-    return costs
-
-
-def _default_head(work_dir: Path) -> Path:
-    heads = sorted(work_dir.glob(f"*/seed*/{HEAD_FILE}"))
-    heads = [path for path in heads if path.parent.name.removeprefix("seed").isdigit()]
-    if not heads:
-        raise UserError(
-            f"there is no trained head under {work_dir}; run this first (about ten minutes on two "
-            "cores):\n  python experiments/run.py oad\nor name one with --head, or its folder with "
-            "--work-dir"
-        )
-    ours = [path for path in heads if path.parts[-3].startswith("streamformer")]
-    return min(ours or heads, key=lambda path: int(path.parent.name.removeprefix("seed")))
-
-
 def _own(file: Path) -> Trained:
-    from backbone.files import read_json
     from integrations.oad.checkpoints import load_head, read_notes
 
     notes = read_notes(file)
     facts = notes["features"]
-    config = file.parent / "config.json"
-    entry = read_json(config).get("encoder", {}) if config.is_file() else {}
     if facts is None:
         raise UserError(
             f"--head: {file} was trained on features made elsewhere, so nothing tells "
@@ -413,7 +318,7 @@ def _own(file: Path) -> Trained:
         ignore_index=notes["ignore_index"],
         rule={name: facts[name] for name in RELEASED_RULE},
         settings=facts["encoder"],
-        encoder=entry.get("spec"),
+        encoder=live.spec_beside(file),
     )
 
 
@@ -441,7 +346,3 @@ def _released(file: Path) -> Trained:
         settings=None,
         encoder=None,
     )
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)  # noqa: T201 (the verb's result, as it happens)

@@ -11,8 +11,9 @@ from transformers import SiglipConfig, SiglipModel
 from backbone import build_encoder, lift_siglip, video
 from backbone.files import write_json
 from experiments.config import UserError
-from experiments.detect import Seen, Switch, Watcher, find_head, speed
+from experiments.detect import Seen, Switch, Watcher, find_head
 from experiments.drawing import canvas_size, draw_scores
+from experiments.live import speed
 from experiments.run import main
 from integrations.oad.checkpoints import save_head
 from integrations.oad.features import FrameRule, extract_video
@@ -76,7 +77,7 @@ def test_frame_by_frame_equals_features_and_the_online_protocol(tiny, tmp_path, 
     )
     watcher = Watcher(encoder, trained)
     with video.open_video(tiny / "moving.mp4", 10) as reader:
-        rows = [watcher.push(frame.image) for frame in watcher.frames(reader)]
+        rows = [watcher.push(frame.image) for frame in watcher.clock.frames(reader)]
     assert [row is None for row in rows[:4]] == [True, False, True, False]  # a step has two frames
     found = np.stack([row for row in rows if row is not None])
     np.testing.assert_allclose(found, scores.detection[:, trained.actions], atol=1e-5)
@@ -123,7 +124,7 @@ def test_ctrl_c_ends_the_watching_and_keeps_what_was_seen(tiny, tmp_path, monkey
     push = Watcher.push
 
     def interrupted(self, image):
-        if len(self.seconds["decode"]) == 9:
+        if self.clock.count == 9:
             raise KeyboardInterrupt
         return push(self, image)
 
@@ -135,7 +136,7 @@ def test_ctrl_c_ends_the_watching_and_keeps_what_was_seen(tiny, tmp_path, monkey
 
 def test_without_a_trained_head_it_says_what_to_run(tmp_path):
     message = (
-        r"no trained head under .*nothing; run this first (.|\n)*python experiments/run.py oad"
+        r"no head.safetensors of a run under .*nothing; run this (.|\n)*experiments/run.py oad"
     )
     with pytest.raises(UserError, match=message):
         main(["detect", "video.mp4", "--work-dir", str(tmp_path / "nothing")])
@@ -153,7 +154,7 @@ def test_the_default_head_is_streamformers_of_the_lowest_seed(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"visual_size": 24}, "its features are 16 wide, but the head .* reads 24"),
+        ({"visual_size": 24}, "its features are 16 wide, but .*head.safetensors reads 24"),
         ({"motion_size": 8}, "head.safetensors reads optical flow"),
     ],
 )
@@ -168,7 +169,7 @@ def test_other_windows_are_mentioned_and_missing_videos_named(tiny, tmp_path, ca
     arguments = ["--head", str(run), "--window", "2", "--out", str(tmp_path)]
     with pytest.raises(UserError, match=r"gone.mp4: no such file"):
         main(["detect", "gone.mp4", *arguments])
-    assert "the head was trained with window=3, this encoder has 2" in caplog.text
+    assert "head.safetensors was trained with window=3, this encoder has 2" in caplog.text
 
 
 def test_a_head_that_names_no_encoder_asks_for_it(tiny, tmp_path):
