@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from integrations.ovis import rle
+from integrations.ovis.augment import resized
 
 AVERAGES = ("mean", "max")
 CHUNK_PIXELS = 2**24  # of masks that are enlarged together: speed and room only
@@ -76,10 +77,9 @@ class FrameSizes:
 
         The aspect is kept, up to rounding; the padded sides are multiples of ``multiple``.
         """
-        scale = min(short_side / min(original), long_side / max(original))
-        resized = tuple(max(1, int(side * scale + 0.5)) for side in original)
-        padded = tuple(-(-side // multiple) * multiple for side in resized)
-        return cls(original, resized, padded)
+        size = resized(*original, short_side, long_side)
+        padded = tuple(-(-side // multiple) * multiple for side in size)
+        return cls(original, size, padded)
 
 
 @dataclass
