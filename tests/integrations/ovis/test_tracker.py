@@ -1,6 +1,7 @@
 """The online tracker: identities as the original gives them, final when said, memory bounded."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -143,7 +144,7 @@ def test_suppressed_masks_match(golden):
 def scene(frames=30, queries=8, objects=5, size=12, width=6, classes=3, seed=0):
     """Stacked inputs of objects that come and go, each with its own embedding and place."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    draw = partial(torch.randn, generator=generator)
     owners = 4 * torch.nn.functional.normalize(draw(objects, width), dim=-1)
     logits = draw(frames, queries, classes + 1)
     masks, embeddings = draw(frames, queries, size, size), draw(frames, queries, width)
