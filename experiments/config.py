@@ -24,10 +24,12 @@ class UserError(ValueError):
     """What the user asked for cannot be done; the text says what, where, and what to do."""
 
 
-def add_arguments(parser: argparse.ArgumentParser, work_dir: str, example: str) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, work_dir: str, example: str, config: str = "miniworld"
+) -> None:
     """Options of every verb that runs by a config; ``example`` is a change of it."""
     add = parser.add_argument
-    add("--config", default="miniworld", metavar="NAME|PATH", help="default: miniworld")
+    add("--config", default=config, metavar="NAME|PATH", help=f"default: {config}")
     add(
         "--work-dir",
         type=Path,

@@ -129,7 +129,12 @@ def publish(
 ) -> None:
     """Write the report's files and print its table, and where they lie, to stdout."""
     write_report(report, folder, draw)
-    print(f"{to_text(report)}\n{folder / 'report.md'}, .json, .png")  # noqa: T201 (the result)
+    say(f"{to_text(report)}\n{folder / 'report.md'}, .json, .png")
+
+
+def say(result: str) -> None:
+    """Print what a verb was asked for: to stdout, where nothing else goes."""
+    print(result)  # noqa: T201
 
 
 def write_report(
