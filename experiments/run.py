@@ -36,6 +36,8 @@ VERBS = {  # verb -> (module, what it does)
     "detect": ("experiments.detect", "watch a video file or a camera and say what happens, live"),
     "track": ("experiments.track", "segment and track what a video file or a camera shows, live"),
     "extract": ("experiments.extract", "write an encoder's features for every video of a folder"),
+    "export": ("experiments.export", "write a streaming encoder as a file for another runtime"),
+    "efficiency": ("experiments.efficiency", "measure what a frame costs when a stream grows"),
     "env": ("experiments.environment", "print versions and machine, for an issue report"),
 }
 
