@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import UserError
+from experiments.report import say
 
 logger = logging.getLogger(__name__)
 
@@ -182,8 +183,3 @@ def say_costs(costs: Mapping[str, float], needed: float) -> None:
     possible = 1000 / max(sum(costs.values()), 1e-9)
     say("per frame: " + ", ".join(f"{part} {cost:.2f} ms" for part, cost in costs.items()))
     say(f"so {possible:.0f} frames per second are possible, {needed:g} are needed live")
-
-
-def say(line: str) -> None:
-    """Print a line as it happens."""
-    print(line, flush=True)  # noqa: T201 (the verb's result)

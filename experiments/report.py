@@ -133,8 +133,8 @@ def publish(
 
 
 def say(result: str) -> None:
-    """Print what a verb was asked for: to stdout, where nothing else goes."""
-    print(result)  # noqa: T201
+    """Print what a verb was asked for, as it comes: to stdout, where nothing else goes."""
+    print(result, flush=True)  # noqa: T201
 
 
 def write_report(
