@@ -13,16 +13,21 @@ tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
 
 ROOT = Path(__file__).parents[2]
 OWN = ("backbone", "pretrain", "integrations", "experiments")
-QUESTIONS = ("experiments/miniworld/qa*.py", "experiments/videoqa.py", "experiments/chat.py")
 READS = {  # extra (None: no extra at all) -> files that work with it
     None: ("backbone/*.py", "pretrain/**/*.py"),
     "jobs": ("experiments/**/*.py",),
+    "export": ("backbone/export.py", "experiments/export.py"),
     "oad": ("integrations/*.py", "integrations/oad/*.py"),
     "ovis": ("integrations/*.py", "integrations/ovis/*.py"),
-    "videoqa": ("integrations/*.py", "integrations/videoqa/*.py", *QUESTIONS),
+    "videoqa": (
+        "integrations/videoqa/*.py",
+        "experiments/miniworld/qa*.py",
+        "experiments/videoqa.py",
+        "experiments/chat.py",
+    ),
 }
+SPECIAL = ("export", "videoqa")  # what others match of their files is theirs alone
 ELSEWHERE = {  # files for frameworks that no extra installs -> these
-    "backbone/export.py": {"onnx", "onnxruntime", "onnxscript"},
     "integrations/ovis/detectron2_backbone.py": {"detectron2"},
     "integrations/videoqa/llava_tower.py": {"llava"},
 }
@@ -55,9 +60,8 @@ def imported(path):
 
 
 def files_of(extra):
-    others = {path for pattern in QUESTIONS for path in ROOT.glob(pattern)}
-    files = {path for pattern in READS[extra] for path in ROOT.glob(pattern)}
-    return files - others if extra == "jobs" else files
+    matching = {name: {p for glob in READS[name] for p in ROOT.glob(glob)} for name in READS}
+    return matching[extra].difference(*(matching[name] for name in SPECIAL if name != extra))
 
 
 @pytest.mark.parametrize("extra", READS, ids=str)
