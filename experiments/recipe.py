@@ -5,7 +5,8 @@ the sections of ``pretrain.PretrainConfig`` (``model``, ``optim``, ``tasks``, an
 that stands beside them), says where the data lie (``data.root``) and how many processes the verb
 starts by itself (``launch``). ``{root}`` in the arguments of a task's reader is that folder; where
 it is None, the data are miniworld's clips and the image encoder is the mini SigLIP, both made on
-first use from the sections ``world`` and ``mini_siglip``.
+first use from the sections ``world`` and ``mini_siglip``. A section ``instances`` asks for videos
+of moving instances in the place of the clips.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def resolve(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         UserError: a key or value that pretraining or the renderer refuses.
     """
     from experiments.miniworld import WorldParams
+    from experiments.miniworld.instances import InstanceParams
     from experiments.miniworld.siglip import SiglipRecipe
     from pretrain import ModelConfig, OptimConfig, PretrainConfig
 
@@ -70,6 +72,7 @@ def resolve(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "run": field_defaults(PretrainConfig, leave_out=NOT_RUN),
         "world": field_defaults(WorldParams),
         "mini_siglip": field_defaults(SiglipRecipe),
+        "instances": field_defaults(InstanceParams),
     }
     resolved = load_config("pretrain", config, overrides, defaults, free=("tasks",))
     for section in ("data", "launch", "run"):
@@ -78,20 +81,23 @@ def resolve(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         training(resolved, Source("", Path(ROOT), UNKNOWN_SIGLIP), Path("output"))
         WorldParams(**resolved.get("world", {}))
+        InstanceParams(**resolved.get("instances", {}))
     except (TypeError, ValueError) as error:
         raise UserError(f"config {config}: {error}") from error
     return resolved
 
 
 def mini(changes: Mapping[str, Any], world: Mapping[str, Any]) -> dict[str, Any]:
-    """How mini encoders are made: miniworld's recipe, with the changes of a downstream config.
+    """How mini encoders are made: a packaged recipe, with the changes of a downstream config.
 
     Args:
-        changes: section ``mini`` of that config.
+        changes: section ``mini`` of that config. Its key ``config`` names the recipe, else it is
+            miniworld's.
         world: its section ``world``, on which they are trained.
     """
     wanted = flatten({"world": world, **changes})
-    made_by = resolve("miniworld", [f"{key}={value!r}" for key, value in wanted.items()])
+    name = wanted.pop("config", "miniworld")
+    made_by = resolve(name, [f"{key}={value!r}" for key, value in wanted.items()])
     return {key: value for key, value in made_by.items() if key != "world"}
 
 
@@ -133,7 +139,16 @@ def find_data(config: Mapping[str, Any], folder: Path) -> Source:
     from experiments.miniworld import WorldParams, render_world
 
     world = render_world(folder / "miniworld", WorldParams(**config["world"]))
-    return Source("miniworld", world / "clips", siglip or UNKNOWN_SIGLIP, world)
+    return Source("miniworld", videos(config, folder, world), siglip or UNKNOWN_SIGLIP, world)
+
+
+def videos(config: Mapping[str, Any], folder: Path, world: Path) -> Path:
+    """Folder of what is trained on: the clips of a rendered world, or videos of instances."""
+    if "instances" not in config:
+        return world / "clips"
+    from experiments.miniworld.instances import InstanceParams, render_instances
+
+    return render_instances(folder / "miniworld", InstanceParams(**config["instances"]))
 
 
 def prepare(config: Mapping[str, Any], folder: Path) -> Source:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from backbone import VideoEncoder, build_encoder
 from backbone.files import write_json
 from experiments import recipe
-from experiments.config import digest
+from experiments.config import digest, sections
 
 from .params import WorldParams
 from .render import appearing, render_world
@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 ARMS = ("siglip", "streamformer", "image")
 RECIPE_VERSION = 2  # raise it when training changes in any way that no recipe field tells
-DECIDING = ("model", "optim", "tasks", "run", "launch")  # sections of a config that make a model
+# Sections of a config that make a model, as far as it has them.
+DECIDING = ("model", "optim", "tasks", "run", "launch", "instances")
 
 
 def specs_of(labels: Mapping[str, str], folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -69,10 +70,10 @@ def mini_encoders(
     if unknown:
         raise ValueError(f"no mini encoder named {unknown[0]!r}; there are {', '.join(ARMS)}")
     image = mini_siglip(folder, world, SiglipRecipe(**config["mini_siglip"]))
-    source = recipe.Source("miniworld", world / "clips", str(image), world)
+    source = recipe.Source("miniworld", recipe.videos(config, folder, world), str(image), world)
     specs = {"siglip": f"siglip:{image}"}
     for arm in [arm for arm in arms if arm != "siglip"]:
-        own = {key: config[key] for key in DECIDING}
+        own = sections(config, DECIDING)
         # Zero-shot numbers are what the verb pretrain is for; here they would only take time.
         own["tasks"] = {name: {**task, "val": None} for name, task in config["tasks"].items()}
         own["model"] = {**config["model"], "temporal_attention": arm == "streamformer"}

@@ -6,17 +6,51 @@ import pytest
 
 from experiments import pretrain, recipe
 from experiments.config import CONFIGS, UserError, packaged_configs
+from experiments.miniworld.instances import InstanceParams
+from pretrain.build import build_dataset
+from pretrain.datasets.base import Draw
 from pretrain.objectives import OBJECTIVES
 
 HERE = recipe.Source("here", Path("/data"), "/siglip")
 
 
+OF_ONE_TASK = {"miniworld_instances": {"instance_segmentation"}}
+
+
 @pytest.mark.parametrize("name", packaged_configs("pretrain"))
 def test_packaged_configs_resolve_to_runs_over_all_six_objectives(name):
     settings = recipe.training(recipe.resolve(name), HERE, Path("/out"))
-    assert {task.objective for task in settings.tasks.values()} == set(OBJECTIVES)
+    wanted = OF_ONE_TASK.get(name, set(OBJECTIVES))
+    assert {task.objective for task in settings.tasks.values()} == wanted
     assert all(task.val is not None for task in settings.tasks.values())
     assert settings.output == "/out"
+
+
+def test_videos_of_instances_take_the_place_of_clips(tmp_path):
+    changes = [f"instances.{split}=1" for split in ("train", "val")]
+    config = recipe.resolve("miniworld_instances", changes)
+    world = tmp_path / "world"
+    root = recipe.videos(config, tmp_path, world)
+    task = recipe.training(config, recipe.Source("here", root, "/siglip"), tmp_path).tasks
+    dataset = build_dataset(
+        task["instances"], task["instances"].train, name="instances", image_size=64
+    )
+    sample = dataset[Draw(0, 8, seed=0)]
+    assert sample.frames.shape == (8, 3, 64, 64) and sample.masks.shape == (8, 64, 64)
+    assert dataset.label_sets["MINIWORLD"][-1] == "hidden"
+    assert recipe.videos(recipe.resolve("miniworld"), tmp_path, world) == world / "clips"
+
+
+def test_a_downstream_config_names_the_recipe_of_its_mini_encoders():
+    world = recipe.resolve("miniworld")["world"]
+    common = recipe.mini({}, world)
+    assert common["model"]["num_frames"] == 16 and "instances" not in common
+    own = recipe.mini({"config": "miniworld_instances", "optim": {"updates": 77}}, world)
+    assert (own["model"]["num_frames"], own["optim"]["updates"]) == (8, 77)
+    assert own["instances"]["camouflaged"] == 0.8 and "world" not in own
+    assert own["instances"]["seed"] != InstanceParams().seed, "nothing of ovis is trained on"
+    with pytest.raises(UserError, match="no config 'miniwrld' for pretrain"):
+        recipe.mini({"config": "miniwrld"}, world)
 
 
 def test_the_papers_recipe_says_what_the_paper_says():
@@ -61,6 +95,7 @@ def test_tasks_are_left_out_and_changed_by_overrides():
         ("tasks.new.weight=3", "missing key 'tasks.new.objective'"),
         ("run.log_evry=3", r"unknown key 'run.log_evry' \(did you mean 'run.log_every'"),
         ("optim.updates=3", "warmup_updates=40 must lie in 0 to updates=3"),
+        ("instances.train=3", "this config has no section 'instances'"),
         ("world.frame_size=33", "config miniworld: .*frame_size=33"),
         ("launch.processes=two", "'two' is of type str, but this key holds int"),
     ],

@@ -6,11 +6,11 @@ it was. They are frozen, so their tokens of every video are computed once and ke
 
 _base_ = ["_base.py"]
 
-# What differs from InstanceParams and WorldParams in experiments/miniworld, and from
-# configs/pretrain/miniworld.py in the making of the mini encoders.
+# What differs from InstanceParams and WorldParams in experiments/miniworld; the mini encoders are
+# made by the recipe of configs/pretrain that ``config`` names, and what differs from it.
 instances = {}
 world = {}
-mini = {}
+mini = {"config": "miniworld_instances"}
 
 data = {
     "dataset": "miniworld",
