@@ -21,6 +21,7 @@ from .encoders import (
     register_encoder,
 )
 from .fusion import fuse
+from .inference import StaticStreams
 from .modeling import StreamformerModel, project_patches
 
 AutoConfig.register(StreamformerConfig.model_type, StreamformerConfig, exist_ok=True)
@@ -34,6 +35,7 @@ __all__ = [
     "EncoderStream",
     "FrameFeatures",
     "SiglipEncoder",
+    "StaticStreams",
     "StreamformerConfig",
     "StreamformerEncoder",
     "StreamformerForVideoClassification",

@@ -211,7 +211,7 @@ class StreamingCache:
         reads_first = num_new > 1 and int(queries.max()) >= capacity
         seen = positions if reads_first else positions + num_new
         visible = min(int(seen.max()), capacity)
-        keys = _frames_in_ring(seen, capacity)[:, :visible]  # (B, visible)
+        keys = frames_in_ring(seen, capacity)[:, :visible]  # (B, visible)
         if reads_first:
             keys = torch.cat([keys, queries], dim=1)  # (B, visible + t)
         mask = attendable(queries, keys, self.window, self.segment)  # (B, t, keys)
@@ -254,6 +254,15 @@ class StreamingCache:
         joined = torch.cat([store[:, self._index, :, :, : plan.visible], new], dim=4)
         self._write(store, plan, new[..., -plan.kept :, :])
         return joined
+
+    @property
+    def keys_values(self) -> Tensor:
+        """All that is stored, ``(L, 2, B, N, A, slots, d)``; of a view too that of all streams."""
+        return self._memory.store
+
+    def slots(self, layer: int) -> Tensor:
+        """A layer's keys and values as they lie, ``(2, B, N, A, slots, d)``."""
+        return self._memory.store[layer][:, self._index]
 
     def advance(self, num_new: int) -> None:
         """Count ``num_new`` frames as seen, once all layers have stored theirs."""
@@ -365,10 +374,10 @@ def _empty_store(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
         return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _frames_in_ring(seen: Tensor, capacity: int) -> Tensor:
+def frames_in_ring(seen: Tensor, capacity: int) -> Tensor:
     """Frame in each slot after ``seen`` ``(B,)`` frames: ``(B, capacity)``, negative if empty."""
     last = seen[:, None] - 1  # (B, 1)
-    return last - (last - torch.arange(capacity)) % capacity
+    return last - (last - torch.arange(capacity, device=seen.device)) % capacity
 
 
 def _check_state(state: Mapping[str, Tensor]) -> None:

@@ -15,11 +15,13 @@ every task of the suite runs with it.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -31,6 +33,7 @@ from .cache import StreamingCache
 from .checkpoints import load_siglip
 from .fusion import fuse
 from .modeling import StreamformerModel, project_patches
+from .still import StillMemory, check_still
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,34 @@ class FrameFeatures:
                 "of texts; an encoder of one's own gives it as FrameFeatures(…, head=…)"
             )
         return project_patches(self.head, self.patch_tokens)
+
+
+class _DeferredFeatures(FrameFeatures):
+    """Features whose final norm and pooling run when they are first asked for, or never.
+
+    Args:
+        tokens: ``(B, t, N, D)``, before the final norm.
+        norm: the final norm.
+        head: the pooling head.
+        layers: tokens of the layers asked for.
+    """
+
+    def __init__(
+        self, tokens: Tensor, norm: nn.Module, head: nn.Module, layers: dict[int, Tensor]
+    ) -> None:
+        self._tokens, self._norm = tokens, norm
+        self.head, self.layers = head, layers
+
+    @cached_property
+    def patch_tokens(self) -> Tensor:
+        """See :class:`FrameFeatures`."""
+        tokens, self._tokens = self._tokens, None
+        return self._norm(tokens)
+
+    @cached_property
+    def frame_embeddings(self) -> Tensor:
+        """See :class:`FrameFeatures`."""
+        return self.head(self.patch_tokens)
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -345,9 +376,17 @@ class StreamformerEncoder(VideoEncoder):
     kind = "streamformer"
 
     def __init__(
-        self, model: StreamformerModel, name: str = "streamformer", fused: bool = True
+        self,
+        model: StreamformerModel,
+        name: str = "streamformer",
+        fused: bool = True,
+        *,
+        still: float | None = None,
     ) -> None:
         super().__init__()
+        if still is not None:
+            check_still(model.config, still)
+        self.still = still
         self.name, self.fused = name, fused
         self.weights_digest = weights_digest(model)  # before folding, whose rounding may differ
         self.model = fuse(model) if fused else model.eval().requires_grad_(False)
@@ -358,6 +397,7 @@ class StreamformerEncoder(VideoEncoder):
     def settings(self) -> dict[str, Any]:
         """See :meth:`VideoEncoder.settings`."""
         config = self.config
+        options = {"still": self.still}
         return {
             "kind": self.kind,
             "weights": self.weights_digest,
@@ -368,18 +408,23 @@ class StreamformerEncoder(VideoEncoder):
             "temporal_positions": config.temporal_positions,
             "num_frames": config.num_frames,
             "dtype": str(self.dtype).removeprefix("torch."),
+            **{name: value for name, value in options.items() if value is not None},
         }
 
-    def _new_memory(self, batch_size: int, height: int, width: int) -> StreamingCache:
+    def _new_memory(self, batch_size: int, height: int, width: int) -> StreamingCache | StillMemory:
         grid = (height // self.patch_size, width // self.patch_size)
-        return self.model.new_cache(batch_size, grid)
+        cache = self.model.new_cache(batch_size, grid)
+        return cache if self.still is None else StillMemory(self.model, cache, self.still)
 
     def _features(
-        self, frames: Tensor, memory: StreamingCache | None, layers: dict[int, int]
+        self, frames: Tensor, memory: StreamingCache | StillMemory | None, layers: dict[int, int]
     ) -> FrameFeatures:
-        out = self.model(frames, past_key_values=memory, output_hidden_states=bool(layers))
-        inner = {number: out.hidden_states[place] for number, place in layers.items()}
-        return FrameFeatures(out.last_hidden_state, out.pooler_output, inner, self.model.head)
+        if isinstance(memory, StillMemory):
+            tokens, kept = memory.trunk(frames, keep=layers.values())
+        else:
+            tokens, kept = self.model.trunk(frames, memory, keep=layers.values())
+        inner = {number: kept[place] for number, place in layers.items()}
+        return _DeferredFeatures(tokens, self.model.post_layernorm, self.model.head, inner)
 
 
 class SiglipEncoder(VideoEncoder):
@@ -434,7 +479,8 @@ def register_encoder(kind: str, builder: Builder) -> None:
     """Let ``build_encoder("kind:source")`` find ``builder``.
 
     It is called as ``builder(source, window=…, temporal_positions=…)``; both are None unless asked
-    for, and an encoder without memory may ignore them.
+    for, and an encoder without memory may ignore them. Other options of ``build_encoder`` reach
+    only a builder that has a parameter of that name.
 
     Raises:
         ValueError: when the kind is taken.
@@ -449,6 +495,7 @@ def build_encoder(
     *,
     window: int | None = None,
     temporal_positions: str | None = None,
+    still: float | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> VideoEncoder:
@@ -460,6 +507,9 @@ def build_encoder(
         window: frames a frame may see; None keeps the checkpoint's. Image encoders see one frame
             whatever the window.
         temporal_positions: policy past the time table; None keeps the checkpoint's.
+        still: skip patches that have not moved: largest change of a normalised pixel value that
+            counts as none, 0 for the exact path's numbers; None computes everything. See
+            `backbone/still.py`.
         device: where it runs.
         dtype: type it computes in.
 
@@ -474,7 +524,11 @@ def build_encoder(
             "streamformer:<folder or hub id>"
         )
     builder = _BUILDERS.get(kind) or _third_party(kind)
-    encoder = builder(source, window=window, temporal_positions=temporal_positions)
+    options = {name: value for name, value in (("still", still),) if value is not None}
+    unknown = options.keys() - inspect.signature(builder).parameters
+    if unknown:
+        raise ValueError(f"an encoder of kind {kind!r} has no {min(unknown)}=; leave it out")
+    encoder = builder(source, window=window, temporal_positions=temporal_positions, **options)
     if not isinstance(encoder, VideoEncoder):
         raise TypeError(
             f"the builder of {kind!r} made a {type(encoder).__name__}, not a backbone.VideoEncoder"
@@ -499,7 +553,7 @@ def _build_siglip(source: str, window: int | None, temporal_positions: str | Non
 
 
 def _build_streamformer(
-    source: str, window: int | None, temporal_positions: str | None
+    source: str, window: int | None, temporal_positions: str | None, still: float | None = None
 ) -> StreamformerEncoder:
     fields = {"window": window, "temporal_positions": temporal_positions}
     asked = {name: value for name, value in fields.items() if value is not None}
@@ -511,7 +565,7 @@ def _build_streamformer(
             'For a longer memory train with temporal_positions="cycle", and ask for it',
             window, config.num_frames,
         )  # fmt: skip
-    return StreamformerEncoder(model)
+    return StreamformerEncoder(model, still=still)
 
 
 register_encoder("siglip", _build_siglip)

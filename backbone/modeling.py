@@ -23,7 +23,9 @@ A heads, d = D / A, S frames that may be seen, F rows of the time table. Tokens 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -80,14 +82,13 @@ class PatchEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor, time_rows: Tensor | None) -> Tensor:
         """Embed ``(B, T, C, H, W)`` frames whose time-table rows are ``(B or 1, T)``."""
-        batch, frames = pixel_values.shape[:2]
-        pixel_values = pixel_values.flatten(0, 1).to(self.patch_embedding.weight.dtype)
-        grid = self.patch_embedding(pixel_values)  # (B*T, D, h, w)
-        height, width = grid.shape[-2:]
-        # Left transposed, the residual stream would stay so, and every norm would copy it first.
-        tokens = grid.flatten(2).transpose(1, 2).contiguous()  # (B*T, N, D)
-        tokens = self.dropout(tokens + self.positions(height, width))
-        tokens = tokens.unflatten(0, (batch, frames))  # (B, T, N, D)
+        size, weight = self.patch_size, self.patch_embedding.weight
+        height, width = (side // size for side in pixel_values.shape[-2:])
+        patches = pixel_values.unflatten(-1, (width, size)).unflatten(-3, (height, size))
+        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)  # (B, T, N, C*P*P)
+        # One matrix product: what the convolution does with patches that do not overlap.
+        tokens = F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+        tokens = self.dropout(tokens + self.positions(height, width))  # (B, T, N, D)
         if self.time_embedding is not None:
             tokens = self.dropout(tokens + self.time_embedding[0, time_rows].unsqueeze(2))
         return tokens
@@ -134,6 +135,13 @@ def time_rows(config: StreamformerConfig, frames: Tensor, clip_length: int | Non
 # -- attention ------------------------------------------------------------------------------------
 
 
+class Memory(Protocol):
+    """What attention asks of a memory: take new keys and values, give all that may be read."""
+
+    def extend(self, layer: int, plan: StepPlan | None, new: Tensor) -> Tensor:
+        """Store a layer's new keys and values, and return those to attend to."""
+
+
 @dataclass(frozen=True)
 class TimePlan:
     """What a forward pass knows about time before its first layer.
@@ -142,12 +150,15 @@ class TimePlan:
         mask: boolean, broadcastable to ``(B*N, A, T, S)``; None when nothing need be hidden.
         is_causal: hide later frames without a mask (a whole clip, no window in its way).
         cache: the stream's memory and ``step``, what this pass does to it; None for a clip.
+        frame: keys and values of the other patches of the frame, where only some patches run
+            (`still.py`); None where all run.
     """
 
     mask: Tensor | None = None
     is_causal: bool = False
-    cache: StreamingCache | None = None
+    cache: Memory | None = None
     step: StepPlan | None = None
+    frame: Memory | None = None
 
 
 class Attention(nn.Module):
@@ -166,7 +177,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Scaled dot-product attention over ``(rows, A, tokens, d)``."""
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        if self.config._attn_implementation != "eager":
+        # PyTorch's CPU kernel takes twice as long for one query as two batched products.
+        is_step = query.shape[-2] == 1 and query.device.type == "cpu"
+        if self.config._attn_implementation != "eager" and not is_step:
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
             )
@@ -181,12 +194,15 @@ class Attention(nn.Module):
 class SpatialAttention(Attention):
     """The image encoder's attention: the patches of each frame among themselves."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, plan: TimePlan, layer: int) -> Tensor:
         """Attend within frames, ``(B, T, N, D)`` to ``(B, T, N, D)``."""
         batch, frames = tokens.shape[:2]
         qkv = self.qkv(tokens).flatten(0, 1)  # (B*T, N, 3D)
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        mixed = self.attend(*qkv, mask=None, is_causal=False)  # (B*T, A, N, d)
+        query, keys_values = qkv[0], qkv[1:]  # (B*T, A, N, d), (2, B*T, A, N, d)
+        if plan.frame is not None:
+            keys_values = plan.frame.extend(layer, None, keys_values)
+        mixed = self.attend(query, *keys_values, mask=None, is_causal=False)  # (B*T, A, N, d)
         mixed = mixed.transpose(1, 2).flatten(2).unflatten(0, (batch, frames))
         return self.dropout(self.out(mixed))
 
@@ -265,7 +281,7 @@ class StreamformerLayer(GradientCheckpointingLayer):
             branch = self.temporal_attention(self.temporal_norm(tokens), plan, self.index)
             branch = self.let_in(branch)
             tokens = tokens + drop_path(branch, self.drop_path, self.training, shared=(1, 3))
-        branch = self.spatial_attention(self.spatial_norm(tokens))
+        branch = self.spatial_attention(self.spatial_norm(tokens), plan, self.index)
         tokens = tokens + drop_path(branch, self.drop_path, self.training, shared=(2, 3))
         branch = self.mlp(self.mlp_norm(tokens))
         return tokens + drop_path(branch, self.drop_path, self.training, shared=(1, 2, 3))
@@ -278,7 +294,15 @@ class StreamformerLayer(GradientCheckpointingLayer):
 
 
 class PoolingHead(nn.Module):
-    """SigLIP's pooling: a learned probe attends to the patches of one frame, then an MLP."""
+    """SigLIP's pooling: a learned probe attends to the patches of one frame, then an MLP.
+
+    The probe is the same for every frame, so keys need not be made: of head ``a`` the score of
+    patch ``x`` is ``q_a (Wk_a x + bk_a) = (q_a Wk_a) x`` plus a constant, which softmax drops. Nor
+    need values: the weights sum to one, so mixing patches and then projecting the mix is the same.
+
+    Attributes:
+        query: the rows ``q_a Wk_a``, ``(A, D)``, where ``fuse`` has computed them once for all.
+    """
 
     def __init__(self, config: StreamformerConfig) -> None:
         super().__init__()
@@ -287,15 +311,31 @@ class PoolingHead(nn.Module):
         self.attention = nn.MultiheadAttention(width, config.num_attention_heads, batch_first=True)
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
+        self.register_buffer("query", None, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Pool ``(B, T, N, D)`` to one embedding per frame, ``(B, T, D)``."""
-        batch, frames = tokens.shape[:2]
-        tokens = tokens.flatten(0, 1)  # (B*T, N, D)
-        probe = self.probe.expand(tokens.shape[0], -1, -1)
-        pooled = self.attention(probe, tokens, tokens, need_weights=False)[0].squeeze(1)  # (B*T, D)
-        pooled = pooled + self.mlp(self.layernorm(pooled))
-        return pooled.unflatten(0, (batch, frames))
+        query = self.folded_query() if self.query is None else self.query  # (A, D)
+        _, _, (weight, bias) = self.projections()  # of values
+        scores = F.linear(tokens, query).transpose(-1, -2)  # (B, T, A, N)
+        mixed = scores.softmax(-1).to(tokens.dtype) @ tokens  # (B, T, A, D)
+        by_head = weight.unflatten(0, (query.shape[0], -1))  # (A, d, D)
+        values = torch.einsum("btad,aed->btae", mixed, by_head).flatten(2) + bias  # (B, T, D)
+        pooled = self.attention.out_proj(values)
+        return pooled + self.mlp(self.layernorm(pooled))
+
+    def folded_query(self) -> Tensor:
+        """Queries of the probe, scaled, times the key projection of each head: ``(A, D)``."""
+        of_query, (key_weight, _), _ = self.projections()
+        heads = self.attention.num_heads
+        query = F.linear(self.probe[0, 0], *of_query).unflatten(0, (heads, -1))  # (A, d)
+        query = query * query.shape[-1] ** -0.5
+        return torch.einsum("ae,aed->ad", query, key_weight.unflatten(0, (heads, -1)))
+
+    def projections(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight ``(D, D)`` and bias ``(D,)`` of queries, of keys and of values."""
+        joint = self.attention.in_proj_weight, self.attention.in_proj_bias
+        return list(zip(*(x.chunk(3) for x in joint), strict=True))
 
 
 def project_patches(head: nn.Module, patch_tokens: Tensor) -> Tensor:
@@ -424,33 +464,60 @@ class StreamformerModel(StreamformerPreTrainedModel):
         Raises:
             ValueError: wrong shape, or a stream that cannot go on as asked; the message says why.
         """
-        batch, frames, grid = self._check(pixel_values)
-        streaming = use_cache or past_key_values is not None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not streaming):
-            cache = past_key_values
-            if streaming:
-                if cache is None:
-                    cache = self.new_cache(batch, grid, pixel_values.device)
-                self._check_stream(cache, batch, grid)
-                plan, rows = self._stream_plan(cache, frames, pixel_values.device)
-            else:
-                plan, rows = self._clip_plan(frames, pixel_values.device)
-            tokens = self.embeddings(pixel_values, rows)  # (B, T, N, D)
-            states = (tokens,) if output_hidden_states else None
-            for layer in self.layers:
-                tokens = layer(tokens, plan)
-                if output_hidden_states:
-                    states += (tokens,)
-            if streaming:
-                cache.advance(frames)
+        cache = past_key_values
+        if use_cache and cache is None:
+            _, _, grid = self._check(pixel_values)
+            cache = self.new_cache(pixel_values.shape[0], grid, pixel_values.device)
+        # Streaming is inference: what a memory has seen could not be differentiated anyway.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            keep = range(len(self.layers) + 1) if output_hidden_states else ()
+            tokens, kept = self.trunk(pixel_values, cache, keep)
             tokens = self.post_layernorm(tokens)
             output = StreamformerOutput(
                 last_hidden_state=tokens,
                 pooler_output=self.head(tokens),
                 past_key_values=cache,
-                hidden_states=states,
+                hidden_states=tuple(kept.values()) if output_hidden_states else None,
             )
         return output.to_tuple() if return_dict is False else output
+
+    def trunk(
+        self, pixel_values: Tensor, cache: StreamingCache | None = None, keep: Collection[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the layers without what follows them: the final norm and the pooling head.
+
+        Args:
+            pixel_values: as for ``forward``.
+            cache: memory of the streams whose next frames these are; it advances.
+            keep: layers whose tokens are wanted too, 0 for the embeddings.
+
+        Returns:
+            Tokens ``(B, T, N, D)`` before the final norm, and those of ``keep`` by layer.
+
+        Raises:
+            ValueError: as ``forward``.
+        """
+        _, frames, _ = self._check(pixel_values)
+        if cache is None:
+            plan, rows = self._clip_plan(frames, pixel_values.device)
+        else:
+            self.check_stream(pixel_values, cache)
+            plan, rows = self.stream_plan(cache, frames, pixel_values.device)
+        tokens, kept = self.run_layers(self.embeddings(pixel_values, rows), plan, keep)
+        if cache is not None:
+            cache.advance(frames)
+        return tokens, kept
+
+    def run_layers(
+        self, tokens: Tensor, plan: TimePlan, keep: Collection[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """All layers on ``(B, T, N, D)``; also the tokens of the layers in ``keep``."""
+        kept = {0: tokens} if 0 in keep else {}
+        for number, layer in enumerate(self.layers, start=1):
+            tokens = layer(tokens, plan)
+            if number in keep:
+                kept[number] = tokens
+        return tokens, kept
 
     # -- time: which rows of the table, which frames may be seen ----------------------------------
 
@@ -463,12 +530,13 @@ class StreamformerModel(StreamformerPreTrainedModel):
             return TimePlan(), rows
         if self.config.span is None or frames <= self.config.span:
             return TimePlan(is_causal=frames > 1), rows
-        mask = attendable(numbers, numbers, self.config.window, self._segment)  # (T, T)
+        mask = attendable(numbers, numbers, self.config.window, self.segment)  # (T, T)
         return TimePlan(mask=mask), rows
 
-    def _stream_plan(
+    def stream_plan(
         self, cache: StreamingCache, frames: int, device: torch.device
     ) -> tuple[TimePlan, Tensor | None]:
+        """What the next ``frames`` of a cache's streams see, and their rows of the time table."""
         if not self.config.temporal_attention:
             return TimePlan(), None
         numbers = torch.tensor(cache.positions)[:, None] + torch.arange(frames)  # (B, T)
@@ -482,7 +550,8 @@ class StreamformerModel(StreamformerPreTrainedModel):
         return TimePlan(mask=mask, cache=cache, step=step), rows
 
     @property
-    def _segment(self) -> int | None:
+    def segment(self) -> int | None:
+        """Frames after which a stream forgets, under the policy ``reset``; else None."""
         return self.config.num_frames if self.config.temporal_positions == "reset" else None
 
     @property
@@ -503,7 +572,7 @@ class StreamformerModel(StreamformerPreTrainedModel):
             num_heads=num_heads,
             head_dim=head_dim,
             window=self.config.window,
-            segment=self._segment,
+            segment=self.segment,
             dtype=self.dtype,
             device=self.device if device is None else device,
         )
@@ -532,7 +601,9 @@ class StreamformerModel(StreamformerPreTrainedModel):
             )
         return shape[0], shape[1], (height // config.patch_size, width // config.patch_size)
 
-    def _check_stream(self, cache: StreamingCache, batch: int, grid: tuple[int, int]) -> None:
+    def check_stream(self, pixel_values: Tensor, cache: StreamingCache) -> None:
+        """Raise ValueError where a cache's streams cannot go on with frames ``(B, T, C, H, W)``."""
+        batch, _, grid = self._check(pixel_values)
         if self.training:
             raise ValueError("a stream needs model.eval(): in training, pass whole clips")
         if self.config.temporal_attention and not self.config.causal:
@@ -555,9 +626,9 @@ class StreamformerModel(StreamformerPreTrainedModel):
                 f"frames of {grid[0]} x {grid[1]} patches in a stream that began with "
                 f"{cache.num_patches} patches; one stream has one resolution"
             )
-        if (cache.window, cache.segment) != (self.config.window, self._segment):
+        if (cache.window, cache.segment) != (self.config.window, self.segment):
             raise ValueError(
                 f"the memory was made for window={cache.window}, segment={cache.segment} but "
-                f"the model has window={self.config.window}, segment={self._segment}; "
+                f"the model has window={self.config.window}, segment={self.segment}; "
                 "start a new stream"
             )
