@@ -41,6 +41,22 @@ def test_commands_parse(words):
     parser.parse_args(rest)
 
 
+def modules():
+    """Every module that a page runs by ``python -m``, with the options that stand behind it."""
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        for module, rest in re.findall(r"python -m ([\w.]+)([^`\n]*)", text):
+            yield pytest.param(module, re.findall(r"--[\w-]+", rest), id=f"{page.stem}:{module}")
+
+
+@pytest.mark.parametrize(("module", "options"), list(modules()))
+def test_modules_that_pages_run_know_their_options(module, options):
+    source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    assert "__main__" in source
+    if "add_argument" in source:  # or it hands all of them on
+        assert [option for option in options if f'"{option}"' not in source] == []
+
+
 def test_the_two_set_up_commands_stand_as_they_are():
     text = (ROOT / "README.md").read_text()
     assert 'pip install -c constraints.txt -e ".[all]" && python experiments/run.py oad\n' in text
