@@ -271,7 +271,7 @@ class Conversations(Dataset):
         template: of prompts.
         released_targets: see ``prompts.training_ids``.
         features: by path, tower tokens ``(T, N, D)`` and an image's size, where they are known
-            already; then no file is read. See ``train.encode_visuals``.
+            already; then no file is read. See ``tokens.encode_visuals``.
     """
 
     def __init__(

@@ -35,7 +35,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm import tqdm
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -45,7 +44,6 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from backbone.files import read_json, write_json
-from backbone.video import VideoError
 from integrations.videoqa import prompts
 from integrations.videoqa.checkpoints import build_model, load_model, load_projector
 from integrations.videoqa.data import (
@@ -61,6 +59,7 @@ from integrations.videoqa.data import (
     read_records,
 )
 from integrations.videoqa.modeling import StreamformerLlavaForConditionalGeneration
+from integrations.videoqa.tokens import encode_visuals, read_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +187,7 @@ def run_stage(
     *,
     seed: int = 0,
     trainer: Mapping[str, Any] | None = None,
+    tokens: Path | str | None = None,
 ) -> dict[str, Any]:
     """Train one stage in place and save the model, or load the result of an earlier call.
 
@@ -199,6 +199,8 @@ def run_stage(
         seed: of shares, order and dropout. The same seed gives the same bits on a CPU.
         trainer: further ``transformers.TrainingArguments``: ``save_steps``, ``fsdp``,
             ``deepspeed``, ``dataloader_num_workers``, ``report_to``, ….
+        tokens: folder of ``tokens.write_tokens`` that a stage which stores features reads; None
+            to run the tower now.
 
     Returns:
         JSON values: ``updates``, ``loss`` (mean over the training), ``records``, ``unreadable``
@@ -224,7 +226,7 @@ def run_stage(
         return read_json(output / REPORT)
     records = read_records(sources, seed)
     records = pack_turns(records, stage.questions) if stage.questions > 1 else records
-    features = encode_visuals(model, records) if stage.store_features else None
+    features = _features(model, records, tokens) if stage.store_features else None
     data = Conversations(
         records,
         Vision.of(model),
@@ -285,27 +287,15 @@ def prepare(model: StreamformerLlavaForConditionalGeneration, stage: StageConfig
     model.train_only(*stage.trains)
 
 
-@torch.no_grad()
-def encode_visuals(
+def _features(
     model: StreamformerLlavaForConditionalGeneration,
     records: Sequence[Record],
-    batch_size: int = 32,
+    tokens: Path | str | None,
 ) -> dict[Path, Encoded | Unreadable]:
-    """Tower tokens of all visuals of the records, by path, on the CPU; or why there are none."""
-    vision, known = Vision.of(model), {}
-    media = list(dict.fromkeys(item for record in records for item in record.media))
-    for first in tqdm(range(0, len(media), batch_size), desc="tower", unit="batch"):
-        read: list[tuple[str, Path, Tensor, Any]] = []
-        for kind, path in media[first : first + batch_size]:
-            try:
-                pixels, size, _ = vision.read(kind, path)
-                read.append((kind, path, pixels, size))
-            except (OSError, VideoError) as error:
-                known[path] = Unreadable(str(path), str(error))
-        tokens = model.tower_features([item[2] for item in read], [item[0] for item in read])
-        for (_, path, _, size), part in zip(read, tokens, strict=True):
-            known[path] = Encoded(part.cpu(), size)
-    return known
+    """Tower tokens of all visuals: those that are kept, or computed now."""
+    if tokens is None:
+        return encode_visuals(model, records)
+    return read_tokens(model, records, tokens)
 
 
 class StageTrainer(Trainer):
@@ -536,7 +526,6 @@ __all__ = [
     "STAGES",
     "StageConfig",
     "StageTrainer",
-    "encode_visuals",
     "main",
     "prepare",
     "run_stage",
