@@ -125,7 +125,7 @@ def resolve(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The config with all defaults, checked by those who will read it."""
     from experiments.miniworld import WorldParams
     from integrations.oad.config import FROM_DATA, DataConfig, EvalConfig, OadConfig, TrainConfig
-    from integrations.oad.mat import MatConfig
+    from integrations.oad.mat_config import MatConfig
 
     defaults = {
         "data": field_defaults(DataConfig),

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from backbone.checkpoints import CheckpointError, load_strict
-from integrations.oad.mat import MatConfig, MatHead, Stack
+from integrations.oad.mat import MatHead
+from integrations.oad.mat_config import MatConfig, Stack
 from integrations.weights_file import WeightsFile
 
 OWN = WeightsFile("streamformer-mat-1", "a MAT head", "for a released checkpoint use load_released")

@@ -1,7 +1,7 @@
 """What decides a training run of the MAT head: four sections, checked once, at the edge.
 
     data    which videos, and how their features were made
-    head    fields of ``mat.MatConfig``, but for the sizes, which the data give
+    head    fields of ``mat_config.MatConfig``, but for the sizes, which the data give
     train   epochs, optimiser, schedule, average
     eval    protocols and their options
 
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from integrations.oad.mat import MatConfig
+from integrations.oad.mat_config import MatConfig
 from integrations.sections import read_section, refuse_other_sections, refuse_unknown
 
 FROM_DATA = ("visual_size", "motion_size", "num_classes")  # of MatConfig

@@ -32,7 +32,7 @@ from torch.utils.data import Sampler
 
 from integrations.oad import protocols
 from integrations.oad.features import read_facts
-from integrations.oad.mat import MatConfig
+from integrations.oad.mat_config import MatConfig
 from integrations.oad.targets import PACKAGED_INFO
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from integrations.oad.mat import Embedded, MatHead, probabilities
+from integrations.oad.losses import probabilities
+from integrations.oad.mat import Embedded, MatHead
 from integrations.oad.protocols import Softmax, newest_logits, require_eval
 
 WarmUp = Literal["short", "silent"]
@@ -58,7 +59,7 @@ class OnlineDetector:
         head: in eval mode. Its weights must not change while the detector lives.
         batch_size: number of streams, each at its own position.
         ignore_index: the target column that was not trained (THUMOS 21, TVSeries -100); for this
-            and for ``softmax`` see ``mat.probabilities``.
+            and for ``softmax`` see ``losses.probabilities``.
         warmup: what to say in a stream's first W - 1 steps, while work memory fills. "short", the
             better one live, answers from the first step on: the head reads the steps there are, at
             positions 0, 1, ...; its later stages have met full windows only in training. "silent"

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from integrations.oad.detector import OnlineDetector
-from integrations.oad.mat import FUTURE_LOSS_WEIGHT, MatConfig, MatHead, MatOutput, mat_loss
+from integrations.oad.losses import FUTURE_LOSS_WEIGHT, mat_loss
+from integrations.oad.mat import MatHead, MatOutput
+from integrations.oad.mat_config import MatConfig
 from integrations.oad.protocols import (
     OnlineScores,
     Opening,

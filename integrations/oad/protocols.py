@@ -25,7 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from integrations.oad.mat import Embedded, MatConfig, MatHead, Questions, probabilities
+from integrations.oad.losses import probabilities
+from integrations.oad.mat import Embedded, MatHead, Questions
+from integrations.oad.mat_config import MatConfig
 
 Softmax = Literal["trained", "released"]
 Opening = Literal["window", "short"]
@@ -172,7 +174,7 @@ def online_scores(
 ) -> OnlineScores:
     """Score one video of features (T, Dv) and motion (T, Dm) by the online protocol.
 
-    ``softmax``: see ``mat.probabilities``. ``opening`` says who scores the first steps:
+    ``softmax``: see ``losses.probabilities``. ``opening`` says who scores the first steps:
 
     - "window" (the published protocol): the first full window scores all its steps at once, so
       steps before W - 1 have seen up to W - 1 steps of their future; in horizon k, steps before W

@@ -42,7 +42,8 @@ from integrations.oad.hooks import (
     ProgressBar,
     WarmupCosineLR,
 )
-from integrations.oad.mat import MatConfig, MatHead
+from integrations.oad.mat import MatHead
+from integrations.oad.mat_config import MatConfig
 from integrations.oad.metrics import PerFrameAP, metric_name
 from integrations.oad.model import MatDetector
 from integrations.runs import (

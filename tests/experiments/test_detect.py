@@ -17,7 +17,8 @@ from experiments.live import speed
 from experiments.run import main
 from integrations.oad.checkpoints import save_head
 from integrations.oad.features import FrameRule, extract_video
-from integrations.oad.mat import MatConfig, MatHead
+from integrations.oad.mat import MatHead
+from integrations.oad.mat_config import MatConfig
 from integrations.oad.protocols import online_scores
 
 CLASSES = ["Background", "grow", "swing", "Ambiguous"]

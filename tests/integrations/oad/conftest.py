@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from integrations.oad.mat import MatConfig, MatHead
+from integrations.oad.mat import MatHead
+from integrations.oad.mat_config import MatConfig
 
 
 @dataclass

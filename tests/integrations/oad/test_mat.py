@@ -8,18 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from integrations.oad.mat import (
+from integrations.oad.losses import (
     EqualisedLoss,
-    MatConfig,
-    MatHead,
-    TopKAttention,
     cross_entropy,
     mat_loss,
     probabilities,
     released_stage_weights,
     row_cross_entropy,
-    sinusoid_table,
 )
+from integrations.oad.mat import MatHead
+from integrations.oad.mat_config import MatConfig
+from integrations.oad.mat_layers import TopKAttention, sinusoid_table
 
 MODELS = ("visual_gelu", "twostream_relu", "nogroup_cls31", "ek100_heads")
 TRAINED = MODELS[:3]

@@ -15,7 +15,9 @@ from integrations.oad.checkpoints import (
     read_notes,
     save_head,
 )
-from integrations.oad.mat import MatConfig, MatHead, sinusoid_table
+from integrations.oad.mat import MatHead
+from integrations.oad.mat_config import MatConfig
+from integrations.oad.mat_layers import sinusoid_table
 
 MODELS = ("visual_gelu", "twostream_relu", "nogroup_cls31", "ek100_heads")
 
