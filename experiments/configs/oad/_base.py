@@ -1,9 +1,9 @@
 """Head, training and evaluation of MAT and of StreamFormer's online action detection.
 
 Lengths are in steps, four a second. What each key means stands in ``integrations.oad``, in
-``config`` and ``mat_config``. Parity with published numbers needs three more words, because the defaults of
-the suite mend what they state: ``head.long_grouping="batch"``, ``eval.softmax="released"`` and
-``data.chunk_starts="released"`` (see there).
+``config`` and ``mat_config``. Parity with published numbers needs three more words, because the
+defaults of the suite mend what they state: ``head.long_grouping="batch"``,
+``eval.softmax="released"`` and ``data.chunk_starts="released"`` (see there).
 """
 
 head = {
