@@ -1,8 +1,8 @@
 """A streaming step as a graph: nothing of Python in it, its memory going in and out as tensors.
 
-A :class:`StreamingCache` counts frames on the host and writes in place, which a graph for another
-runtime cannot. Here the same ring (`cache.py`) is an argument and a result: frame ``i`` goes to
-slot ``i % span``, and ``positions``, frames seen by each stream, say which slots hold what. So
+A stream writes its memory where it lies, which a graph for another runtime cannot. Here the same
+ring (`cache.py`) is an argument and a result: frame ``i`` goes to slot ``i % span``, and
+``positions``, frames seen by each stream, say which slots hold what. So
 
     patch_tokens, frame_embeddings, positions, memory = step(frames, positions, memory)
 
@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .cache import attendable
+from .cache import StepPlan
 from .files import replacing
 from .fusion import fuse
-from .modeling import StreamformerModel, TimePlan, time_rows
+from .inference import tick
+from .modeling import StreamformerModel
 
 LARGEST_ONNX = 2**31 - 2**20  # bytes of weights; a protobuf file ends at 2 GiB
 
@@ -63,7 +64,7 @@ class StreamingStep(nn.Module):
                 "window=None: a graph has a memory of fixed size; say how many frames a frame may "
                 "see, such as window=16"
             )
-        self.span, self.window, self.segment = cache.span, cache.window, cache.segment
+        self.span = cache.span
         self.num_layers, heads, width = cache.made_for
         self._slots = (2, batch_size, cache.num_patches, heads, self.span, width)
 
@@ -81,17 +82,9 @@ class StreamingStep(nn.Module):
             Patch tokens ``(B, N, D)``, frame embeddings ``(B, D)``, and ``positions`` and
             ``memory`` for the next call.
         """
-        model, now = self.model, positions[:, None]  # (B, 1)
-        slots = torch.arange(self.span, device=positions.device)
-        held = now - (now - slots) % self.span  # (B, S), the frame in each slot once this one is in
-        mask = attendable(now, held, self.window, self.segment)  # (B, 1, S)
-        mask = mask.repeat_interleave(self._slots[2], dim=0).unsqueeze(1)  # (B*N, 1, 1, S)
-        ring = _Ring(memory, written=held == now)
-        tokens = model.embeddings(frames.unsqueeze(1), time_rows(model.config, now, None))
-        for layer in model.layers:
-            tokens = layer(tokens, TimePlan(mask=mask, cache=ring))  # (B, 1, N, D)
-        tokens = model.post_layernorm(tokens)
-        return tokens[:, 0], model.head(tokens)[:, 0], positions + 1, ring.memory
+        ring = _Replaced(memory, positions % self.span)
+        features = tick(self.model, frames, positions, ring, self.span)
+        return *features, positions + 1, ring.memory
 
     def example(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Arguments of a first call: blank frames, positions 0, empty memory."""
@@ -103,16 +96,18 @@ class StreamingStep(nn.Module):
         return frames, positions, memory
 
 
-class _Ring:
-    """What the layers see of the memory: a ``StreamingCache`` that is replaced, not written."""
+class _Replaced:
+    """A memory that is replaced, not written; each frame goes to slot ``slots`` ``(B,)``."""
 
-    def __init__(self, memory: list[Tensor], written: Tensor) -> None:
-        self.memory = list(memory)
-        self._written = written[:, None, None, :, None]  # (B, 1, 1, S, 1), the slot of this frame
+    def __init__(self, memory: list[Tensor], slots: Tensor) -> None:
+        self.memory, self._slots = list(memory), slots
 
-    def extend(self, layer: int, _step: None, new: Tensor) -> Tensor:
+    def extend(self, layer: int, plan: StepPlan | None, new: Tensor) -> Tensor:
         """Keys and values ``(2, B, N, A, S, d)`` with the ``new`` ones ``(2, B, N, A, 1, d)``."""
-        self.memory[layer] = torch.where(self._written, new, self.memory[layer])
+        old = self.memory[layer]
+        places = torch.arange(old.shape[4], device=old.device)
+        written = (self._slots[:, None] == places)[:, None, None, :, None]  # (B, 1, 1, S, 1)
+        self.memory[layer] = torch.where(written, new, old)
         return self.memory[layer]
 
 

@@ -20,7 +20,33 @@ import torch
 from torch import Tensor, nn
 
 from .cache import StepPlan, attendable, frames_in_ring
-from .modeling import StreamformerModel, TimePlan, time_rows
+from .modeling import Memory, StreamformerModel, TimePlan, time_rows
+
+
+def tick(
+    model: StreamformerModel, frames: Tensor, positions: Tensor, memory: Memory, slots: int
+) -> tuple[Tensor, Tensor]:
+    """A frame of every stream, where all that depends on its position comes from a tensor.
+
+    Args:
+        model: in eval mode, causal.
+        frames: ``(B, C, H, W)``, normalised.
+        positions: frames that each stream has seen, ``(B,)`` int64.
+        memory: a ring that takes the new keys and values before it is read.
+        slots: of that ring.
+
+    Returns:
+        Patch tokens ``(B, N, D)`` and frame embeddings ``(B, D)``.
+    """
+    numbers = positions[:, None]  # (B, 1)
+    rows = time_rows(model.config, numbers, clip_length=None)
+    ring = frames_in_ring(positions + 1, slots)  # (B, slots)
+    mask = attendable(numbers, ring, model.config.window, model.segment)  # (B, 1, slots)
+    tokens = model.embeddings(frames[:, None], rows)  # (B, 1, N, D)
+    mask = mask[:, None].expand(-1, tokens.shape[2], -1, -1).flatten(0, 1).unsqueeze(1)
+    tokens, _ = model.run_layers(tokens, TimePlan(mask=mask, cache=memory))
+    tokens = model.post_layernorm(tokens)
+    return tokens[:, 0], model.head(tokens)[:, 0]
 
 
 class StaticStreams(nn.Module):
@@ -82,17 +108,10 @@ class StaticStreams(nn.Module):
         Returns:
             Patch tokens ``(B, N, D)`` and frame embeddings ``(B, D)``.
         """
-        model, patches = self.model, self.keys_values.shape[3]
-        numbers = self.positions[:, None]  # (B, 1)
-        rows = time_rows(model.config, numbers, clip_length=None)
-        ring = frames_in_ring(self.positions + 1, self.keys_values.shape[5])  # (B, slots)
-        mask = attendable(numbers, ring, model.config.window, model.segment)  # (B, 1, slots)
-        mask = mask[:, None].expand(-1, patches, -1, -1).flatten(0, 1).unsqueeze(1)
-        plan = TimePlan(mask=mask, cache=_Ring(self.keys_values, self.positions, active))
-        tokens, _ = model.run_layers(model.embeddings(frames[:, None], rows), plan)
+        memory = _Ring(self.keys_values, self.positions, active)
+        features = tick(self.model, frames, self.positions, memory, self.keys_values.shape[5])
         self.positions += 1 if active is None else active
-        tokens = model.post_layernorm(tokens)
-        return tokens[:, 0], model.head(tokens)[:, 0]
+        return features
 
     @torch.no_grad()
     def reset(self, rows: Sequence[int] | None = None) -> None:
