@@ -33,6 +33,7 @@ from .cache import StreamingCache
 from .checkpoints import load_siglip
 from .fusion import fuse
 from .modeling import StreamformerModel, project_patches
+from .quantization import quantize
 from .still import StillMemory, check_still
 
 logger = logging.getLogger(__name__)
@@ -371,7 +372,14 @@ class EncoderStream:
 
 
 class StreamformerEncoder(VideoEncoder):
-    """A StreamFormer, frozen; a copy folded for inference, or ``fused=False`` the model itself."""
+    """A StreamFormer, frozen; a copy folded for inference, or ``fused=False`` the model itself.
+
+    Args:
+        model: the encoder's model.
+        name: what messages call it.
+        fused: fold a copy (:func:`fuse`).
+        still: see :func:`build_encoder`, as for ``int8``, which folds a copy too.
+    """
 
     kind = "streamformer"
 
@@ -382,14 +390,17 @@ class StreamformerEncoder(VideoEncoder):
         fused: bool = True,
         *,
         still: float | None = None,
+        int8: bool = False,
     ) -> None:
         super().__init__()
         if still is not None:
             check_still(model.config, still)
-        self.still = still
-        self.name, self.fused = name, fused
+        self.name, self.fused, self.still, self.int8 = name, fused or int8, still, int8
         self.weights_digest = weights_digest(model)  # before folding, whose rounding may differ
-        self.model = fuse(model) if fused else model.eval().requires_grad_(False)
+        if int8:
+            self.model = quantize(model)
+        else:
+            self.model = fuse(model) if fused else model.eval().requires_grad_(False)
         self.config = config = model.config
         self.embed_dim, self.num_layers = config.hidden_size, config.num_hidden_layers
         self.patch_size, self.image_size = config.patch_size, config.image_size
@@ -397,7 +408,7 @@ class StreamformerEncoder(VideoEncoder):
     def settings(self) -> dict[str, Any]:
         """See :meth:`VideoEncoder.settings`."""
         config = self.config
-        options = {"still": self.still}
+        options = {"still": self.still, "int8": self.int8 or None}
         return {
             "kind": self.kind,
             "weights": self.weights_digest,
@@ -496,6 +507,7 @@ def build_encoder(
     window: int | None = None,
     temporal_positions: str | None = None,
     still: float | None = None,
+    int8: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> VideoEncoder:
@@ -510,6 +522,7 @@ def build_encoder(
         still: skip patches that have not moved: largest change of a normalised pixel value that
             counts as none, 0 for the exact path's numbers; None computes everything. See
             `backbone/still.py`.
+        int8: linears in int8, faster on CPUs and not exact; see `backbone/quantization.py`.
         device: where it runs.
         dtype: type it computes in.
 
@@ -524,7 +537,8 @@ def build_encoder(
             "streamformer:<folder or hub id>"
         )
     builder = _BUILDERS.get(kind) or _third_party(kind)
-    options = {name: value for name, value in (("still", still),) if value is not None}
+    options = {"still": still, "int8": int8 or None}
+    options = {name: value for name, value in options.items() if value is not None}
     unknown = options.keys() - inspect.signature(builder).parameters
     if unknown:
         raise ValueError(f"an encoder of kind {kind!r} has no {min(unknown)}=; leave it out")
@@ -553,7 +567,11 @@ def _build_siglip(source: str, window: int | None, temporal_positions: str | Non
 
 
 def _build_streamformer(
-    source: str, window: int | None, temporal_positions: str | None, still: float | None = None
+    source: str,
+    window: int | None,
+    temporal_positions: str | None,
+    still: float | None = None,
+    int8: bool = False,
 ) -> StreamformerEncoder:
     fields = {"window": window, "temporal_positions": temporal_positions}
     asked = {name: value for name, value in fields.items() if value is not None}
@@ -565,7 +583,7 @@ def _build_streamformer(
             'For a longer memory train with temporal_positions="cycle", and ask for it',
             window, config.num_frames,
         )  # fmt: skip
-    return StreamformerEncoder(model, still=still)
+    return StreamformerEncoder(model, still=still, int8=int8)
 
 
 register_encoder("siglip", _build_siglip)

@@ -80,7 +80,7 @@ def fuse(model: StreamformerModel) -> StreamformerModel:
         if not isinstance(layer.mlp.fc1, FoldedLinear):
             layer.mlp.fc1 = FoldedLinear(layer.mlp.fc1, layer.mlp.act, model.config.hidden_act)
             layer.mlp.act = nn.Identity()
-    replace_linears(fused.layers, FoldedLinear)
+    replace_linears(fused.layers, nn.Linear, FoldedLinear)
     fused.head.query = fused.head.folded_query()
     fused.save_pretrained = fused.push_to_hub = _refuse_to_save
     return fused
@@ -96,11 +96,11 @@ def _fold_gate(layer: StreamformerLayer) -> None:
     layer.temporal_dense = layer.temporal_gate = None
 
 
-def replace_linears(root: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
-    """Replace, in place, every plain ``nn.Linear`` below ``root`` by what ``make`` makes of it."""
+def replace_linears(root: nn.Module, kind: type[nn.Module], make: Callable) -> None:
+    """Replace, in place, every linear of just this ``kind`` below ``root`` by ``make(linear)``."""
     for part in list(root.modules()):
         for name, child in list(part.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) is kind:
                 setattr(part, name, make(child))
 
 
