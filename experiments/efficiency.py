@@ -51,7 +51,10 @@ EXAMPLES = """\
   python experiments/run.py efficiency --config base --set measure.lengths=[1,16,64]"""
 
 REPORT_BYTES = 10 * 2**20
-DTYPES = ("float32", "bfloat16", "float16")
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "compile": ("auto", "always", "never"),
+}
 FLOOR = "SigLIP, one frame"
 WAY_COLOURS = ("#d55e00", "#d9a441", "#56b4e9", "#0072b2")
 ASKED = {  # of ViT-B/16 at 224 pixels with a window of 64 on a GPU of the H200's class, in bfloat16
@@ -110,9 +113,10 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
             found.append(f"measure.{key}={values}: expected rising numbers from 1 on")
     if measure["window"] < 1:
         found.append(f"measure.window={measure['window']}: a frame sees at least itself")
-    if config["run"]["dtype"] not in ("auto", *DTYPES):
-        known = ", ".join(DTYPES)
-        found.append(f"run.dtype={config['run']['dtype']!r}: choose auto, {known}")
+    for key, known in CHOICES.items():
+        if config["run"][key] not in known:
+            choices = ", ".join(known)
+            found.append(f"run.{key}={config['run'][key]!r}: choose one of {choices}")
     return found
 
 
@@ -129,6 +133,11 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
         )
         name = "bfloat16" if has_it else "float32"
     return getattr(torch, name)
+
+
+def compiles(name: str, device: str) -> bool:
+    """Whether streams side by side are compiled; ``auto`` does on a GPU, where launches bound."""
+    return name == "always" or (name == "auto" and device.startswith("cuda"))
 
 
 def measure(config: Mapping[str, Any], device: str) -> dict[str, Any]:
@@ -161,20 +170,20 @@ def measure(config: Mapping[str, Any], device: str) -> dict[str, Any]:
         logger.info("%s", name)
         along[name] = measuring.along(way(), floor, options["lengths"], limits)
     logger.info("streams side by side")
-    streams = measuring.side_by_side(windowed, image, options["streams"], frames, limits)
-    newest = Streamed(windowed, frames)
-    newest.reach(options["window"] + 2)
+    compiled = compiles(config["run"]["compile"], device)
+    streams = measuring.side_by_side(windowed, image, options["streams"], frames, limits, compiled)
     return {
         "dtype": str(dtype).removeprefix("torch."),
+        "compiled": compiled,
         "floor": {
             "milliseconds": measuring.spread(
                 [1e3 * own for own, _ in measuring.in_turns(floor, floor, limits)]
             ),
             "weight_bytes": measuring.weight_bytes(image),
-            "operations": measuring.operations(floor),
+            "operations": measuring.operations(image, frames),
         },
         "weight_bytes": measuring.weight_bytes(windowed),
-        "operations": measuring.operations(newest.step),
+        "operations": measuring.operations(windowed, frames, before=options["window"]),
         "matrix_rate": measuring.matrix_rate(dtype, limits),
         "along": along,
         "streams": [_throughput(row) for row in streams],
@@ -337,15 +346,15 @@ def to_page(report: Mapping[str, Any]) -> str:
 
 
 def _tables(report: Mapping[str, Any]) -> dict[str, list[list[str]]]:
+    window = report["config"]["measure"]["window"]
+    compiled = ", compiled" if report["compiled"] else ""
     return {
         f"Milliseconds of the newest frame ({report['device']}, {report['dtype']})": latency_table(
             report
         ),
         f"The same in times of the floor: {FLOOR}": ratio_table(report),
         "Memory, MB": memory_table(report),
-        f"Streams side by side, window of {report['config']['measure']['window']}": streams_table(
-            report
-        ),
+        f"Streams side by side, window of {window}{compiled}": streams_table(report),
     }
 
 

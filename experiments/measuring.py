@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from backbone import SiglipEncoder, StreamformerConfig, StreamformerEncoder, StreamformerModel
+from backbone import (
+    SiglipEncoder,
+    StaticStreams,
+    StreamformerConfig,
+    StreamformerEncoder,
+    StreamformerModel,
+)
 from backbone.encoders import VideoEncoder
 from experiments import preflight
 
@@ -87,9 +94,9 @@ class Recompute:
     def rewind(self) -> None:
         """Nothing has moved."""
 
-    def step(self) -> None:
-        """Encode the newest frame."""
-        self._encoder.encode(self._clip)
+    def step(self) -> Tensor:
+        """Encode the newest frame: its embedding, ``(B, 1, D)``."""
+        return self._encoder.encode(self._clip).frame_embeddings[:, -1:]
 
     @property
     def kept_bytes(self) -> int:
@@ -130,7 +137,7 @@ class Streamed:
     def reach(self, length: int) -> None:
         """Let ``length`` frames have come, the newest one not yet encoded."""
         while (missing := length - 1 - self._stream.positions[0]) > 0:
-            self._stream.push(self._frames[:, :missing])
+            self._stream.push(self._coming()[:, :missing])
         self._rewound = self.state if length <= REWOUND else None
 
     def rewind(self) -> None:
@@ -138,9 +145,13 @@ class Streamed:
         if self._rewound is not None:
             self._stream.load_state_dict(self._rewound, rows=self._rows)
 
-    def step(self) -> None:
-        """Encode the newest frame."""
-        self._stream.push(self._frames[:, 0])
+    def step(self) -> Tensor:
+        """Encode the newest frame: its embedding, ``(B, 1, D)``."""
+        return self._stream.push(self._coming()[:, 0]).frame_embeddings
+
+    def _coming(self) -> Tensor:
+        """The frames that come next, up to the last one of those that are shown again."""
+        return self._frames[:, self._stream.positions[0] % self._frames.shape[1] :]
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -153,7 +164,54 @@ class Streamed:
         return self._stream.memory_bytes
 
 
-Way = Recompute | Streamed
+class Compiled:
+    """Streams side by side whose step is one compiled program; on a GPU one CUDA graph.
+
+    Args:
+        encoder: causal, with a window.
+        frames: ``(B, t, 3, H, W)``; the first of them is shown again and again.
+        state: of one stream with a full window: all ``B`` go on where it stood.
+        backend: of ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        encoder: StreamformerEncoder,
+        frames: Tensor,
+        state: Mapping[str, Tensor],
+        backend: str = "inductor",
+    ) -> None:
+        self._streams = StaticStreams(encoder.model, frames.shape[0])
+        self._streams.positions.copy_(state["memory.positions"])
+        self._streams.keys_values.copy_(state["memory.keys_values"])
+        compiled = torch.compile(self._streams, backend=backend, fullgraph=True, dynamic=False)
+        advance = partial(compiled, frames[:, 0].contiguous())
+        self.step = _captured(advance) if frames.is_cuda else advance
+
+    def rewind(self) -> None:
+        """A full window costs the same at every frame: nothing need be taken back."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that lie there until the next frame."""
+        return self._streams.keys_values.nbytes
+
+
+def _captured(function: Callable[[], object]) -> Callable[[], None]:
+    """The GPU's work of a call, recorded once; what it reads and writes stays where it is."""
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
+        for _ in range(FEWEST):
+            function()
+    torch.cuda.current_stream().wait_stream(warm_up)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+Way = Recompute | Streamed | Compiled
 
 
 # -- measuring ------------------------------------------------------------------------------------
@@ -185,7 +243,7 @@ class Limits:
 
 
 def along(
-    way: Way, floor: Callable[[], object], lengths: Sequence[int], limits: Limits
+    way: Recompute | Streamed, floor: Callable[[], object], lengths: Sequence[int], limits: Limits
 ) -> list[Row]:
     """Measure a way where its stream has reached each of ``lengths``.
 
@@ -218,6 +276,7 @@ def side_by_side(
     counts: Sequence[int],
     frames: Tensor,
     limits: Limits,
+    compiled: bool = False,
 ) -> list[Row]:
     """Measure a step of many streams in one batch, the window of each full.
 
@@ -227,6 +286,7 @@ def side_by_side(
         counts: streams, rising.
         frames: ``(1, CHUNK, 3, H, W)``.
         limits: of each count.
+        compiled: measure :class:`Compiled`, not the stream as it is.
 
     Returns:
         A row per count: ``streams``, and what :func:`at` says or the reason why it was
@@ -241,7 +301,7 @@ def side_by_side(
 
     def measure(count: int) -> Row:
         newest = frames[:, :1].repeat(count, 1, 1, 1, 1)  # (B, 1, 3, H, W)
-        way = Streamed(encoder, newest, first.state)
+        way = (Compiled if compiled else Streamed)(encoder, newest, first.state)
         return at(way, partial(image.encode, newest), limits)
 
     return _rising("streams", counts, measure, forecast, limits)
@@ -355,10 +415,22 @@ def matrix_rate(dtype: torch.dtype, limits: Limits) -> float:
     return 2 * side**3 / min(own for own, _ in turns)
 
 
-def operations(function: Callable[[], object]) -> int:
-    """Floating-point operations of a call's matrix products and attention."""
+def operations(encoder: VideoEncoder, frames: Tensor, before: int = 0) -> int:
+    """Floating-point operations of the matrix products and attention of a frame.
+
+    Counted without computing anything, on PyTorch's device for that.
+
+    Args:
+        encoder: left as it is.
+        frames: ``(1, t, 3, H, W)``; the first is the one that counts.
+        before: frames that the stream has seen.
+    """
+    frame = frames[:, :1].to("meta")
+    stream = deepcopy(encoder).to("meta").stream()
+    if before:
+        stream.push(frame.repeat(1, before, 1, 1, 1))
     with FlopCounterMode(display=False) as counter:
-        function()
+        stream.push(frame).frame_embeddings.sum()
     return counter.get_total_flops()
 
 

@@ -16,7 +16,7 @@ MODEL = {
     "num_attention_heads": 2, "intermediate_size": 32,
 }  # fmt: skip
 CPU = torch.device("cpu")
-LIMITS = measuring.Limits(CPU, seconds=0.0, longest=60.0)
+LIMITS = measuring.Limits(CPU, seconds=0.0, longest=1e9)
 KEPT = 2 * 2 * 4 * 16 * 4  # bytes of a frame's keys and values: layers, K and V, patches, width
 
 
@@ -53,14 +53,14 @@ def test_peak_is_of_what_lives_at_once_and_leaves_out_what_was_there():
 
 
 def test_operations_are_those_of_linears_and_attention(frames):
-    stream = measuring.Streamed(encoder(window=3), frames)
-    stream.reach(5)
-    patches, width, inner = 4, 16, 32
+    patches, width, inner, heads = 4, 16, 32, 2
     layer = 2 * patches * width * (2 * 4 * width + 2 * inner)  # two attentions (folded), an MLP
     layer += 4 * patches * width * (3 + patches)  # scores and mix through time, and in space
-    pooling = 2 * width * (width + 2 * patches * width + width + 2 * inner) + 4 * patches * width
+    pooling = 4 * heads * patches * width + 2 * width * (2 * width + 2 * inner)  # query folded
     embedding = 2 * patches * 3 * 64 * width
-    assert measuring.operations(stream.step) == 2 * layer + pooling + embedding
+    assert (
+        measuring.operations(encoder(window=3), frames, before=7) == 2 * layer + pooling + embedding
+    )
 
 
 def test_turns_alternate_and_are_made_ready_outside_of_the_time():
@@ -113,12 +113,14 @@ def test_what_is_kept_grows_with_all_frames_and_not_with_a_window(frames):
 
 def test_all_ways_answer_the_same_at_the_newest_frame(frames):
     """A recomputed clip and streams of any memory agree, as far as the window sees all."""
-    found = []
-    for window in (None, 8):
-        streamed = encoder(window=window).stream()
-        features = [streamed.push(frames[:, place]) for place in range(8)]
-        found.append(features[-1].frame_embeddings)
-    found.append(encoder().encode(frames[:, :8]).frame_embeddings[:, -1:])
+    ways = [
+        measuring.Recompute(encoder(), frames),
+        measuring.Streamed(encoder(window=None), frames),
+        measuring.Streamed(encoder(window=21), frames),
+    ]
+    for way in ways:
+        way.reach(21)
+    found = [way.step() for way in ways]
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=1e-5)
     both = encoder(causal=False).encode(frames[:, :8]).frame_embeddings
@@ -135,6 +137,23 @@ def test_streams_side_by_side_have_full_windows(frames):
     rows = measuring.side_by_side(one, image, [1, 3], frames, LIMITS)
     assert [row["streams"] for row in rows] == [1, 3]
     assert rows[1]["kept_bytes"] == 3 * rows[0]["kept_bytes"] == 3 * 3 * KEPT
+
+
+def test_the_compiled_step_goes_on_as_the_stream(frames):
+    one = encoder(window=3)
+    first = measuring.Streamed(one, frames)
+    first.reach(8)
+    many = frames[:, :1].repeat(2, 1, 1, 1, 1)
+    stream = one.stream(2)
+    for row in range(2):
+        stream.load_state_dict(first.state, rows=[row])
+    compiled = measuring.Compiled(one, many, first.state, backend="eager")
+    assert compiled.kept_bytes == 2 * 3 * KEPT
+    for _ in range(5):
+        tokens, embeddings = compiled.step()
+        features = stream.push(many[:, 0])
+        torch.testing.assert_close(tokens, features.patch_tokens[:, 0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(embeddings, features.frame_embeddings[:, 0], rtol=0, atol=1e-5)
 
 
 def test_what_would_take_too_long_is_left_out_with_all_beyond_it(frames):
@@ -251,7 +270,9 @@ def test_a_gpu_is_asked_for_two_figures_of_the_base_model():
     assert [one["found"] for one in efficiency.asked(full)] == [2.25, None]
 
 
-def test_a_cpu_never_gets_bfloat16_unasked():
+def test_a_cpu_gets_neither_bfloat16_nor_a_compiler_unasked():
+    assert not efficiency.compiles("auto", "cpu") and efficiency.compiles("auto", "cuda:1")
+    assert efficiency.compiles("always", "cpu") and not efficiency.compiles("never", "cuda")
     assert efficiency.choose_dtype("auto", "cpu") is torch.float32
     assert efficiency.choose_dtype("bfloat16", "cpu") is torch.bfloat16
 
@@ -262,7 +283,7 @@ def test_a_cpu_never_gets_bfloat16_unasked():
         ("measure.lengths=[4,2]", r"measure.lengths=\[4, 2\]: expected rising numbers from 1 on"),
         ("measure.streams=[0,2]", r"measure.streams=\[0, 2\]: expected rising"),
         ("measure.window=0", "measure.window=0: a frame sees at least itself"),
-        ("run.dtype=int8", "run.dtype='int8': choose auto, float32, bfloat16"),
+        ("run.dtype=int8", "run.dtype='int8': choose one of auto, float32, bfloat16"),
         ("measure.widow=3", "did you mean 'measure.window'"),
     ],
 )

@@ -19,4 +19,5 @@ measure = {
 
 run = {
     "dtype": "auto",
+    "compile": "auto",
 }

@@ -18,5 +18,6 @@ measure = {
 }
 
 run = {
-    "dtype": "auto",  # bfloat16 on a GPU that has it, else float32
+    "dtype": "auto",  # bfloat16 on a GPU that computes in it, else float32
+    "compile": "auto",  # streams side by side, on a GPU
 }
