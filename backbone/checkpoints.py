@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from transformers.utils import cached_file
 from .configuration import StreamformerConfig
 from .lora import add_lora, freeze_wrapped, merge_lora
 from .modeling import StreamformerModel, StreamformerPreTrainedModel
+from .names import hint
 
 logger = logging.getLogger(__name__)
 
@@ -658,6 +658,4 @@ def _known_fields(fields: Mapping[str, Any]) -> None:
     known = {*OWN_FIELDS, "num_labels", "attn_implementation"}
     for name in fields:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise TypeError(f"{name!r} is no field of StreamformerConfig{hint}")
+            raise TypeError(f"{name!r} is no field of StreamformerConfig; {hint(name, known)}")

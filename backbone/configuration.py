@@ -5,12 +5,13 @@ StreamFormer adds is time: how many frames the time table knows, what a frame ma
 where in the table a frame lands once a stream has outrun it.
 """
 
-from difflib import get_close_matches
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
+
+from .names import hint
 
 
 @strict
@@ -102,9 +103,10 @@ class StreamformerConfig(PretrainedConfig):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is no rate between 0 and 1")
         if self.hidden_act not in ACT2FN:
-            near = get_close_matches(self.hidden_act, ACT2FN, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown to transformers{hint}")
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r} is unknown to transformers; "
+                + hint(self.hidden_act, ACT2FN)
+            )
         if self.window is not None and self.window < 1:
             raise ValueError(
                 f"window={self.window}: a frame always sees itself, so window is at least 1 "

@@ -7,11 +7,11 @@ inner code takes values out of it.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from backbone.names import hint
 from pretrain.datasets import READERS
 from pretrain.datasets.augment import Augmentation
 from pretrain.datasets.frames import RULES, VIEWS
@@ -291,9 +291,7 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
     known = {f.name: f for f in dataclasses.fields(kind)}
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-            raise ValueError(f"unknown key {where + key!r}{hint}")
+            raise ValueError(f"unknown key {where + key!r}; {hint(key, known)}")
     missing = [
         name
         for name, f in known.items()

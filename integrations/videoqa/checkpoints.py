@@ -30,6 +30,7 @@ from transformers.utils import cached_file
 from backbone import CheckpointError, StreamformerModel, VideoEncoder
 from backbone.checkpoints import read_weights
 from backbone.files import read_json, write_json
+from backbone.names import hint
 from integrations.videoqa.configuration import StreamformerLlavaConfig, tower_preset
 from integrations.videoqa.modeling import StreamformerLlavaForConditionalGeneration as Model
 from integrations.videoqa.modeling import refuse_gaps
@@ -440,11 +441,9 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], source: object) -> Non
 
 
 def _known_fields(fields: Mapping[str, Any]) -> None:
-    from difflib import get_close_matches
-
     known = StreamformerLlavaConfig.__annotations__
     for name in fields:
         if name not in known or name in ("sub_configs", "text_config", "tower_config", "tower"):
-            near = get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise TypeError(f"{name!r} is no field of StreamformerLlavaConfig to be set{hint}")
+            raise TypeError(
+                f"{name!r} is no field of StreamformerLlavaConfig to be set; {hint(name, known)}"
+            )

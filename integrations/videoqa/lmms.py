@@ -14,7 +14,6 @@ refused. Everything that changes an answer is an argument, so ``--use_cache`` ke
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import itertools
 import json
@@ -36,6 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from backbone.names import hint
 from backbone.video import VideoError, prefetched
 from integrations.videoqa import prompts
 from integrations.videoqa.checkpoints import load_model
@@ -193,9 +193,9 @@ class StreamformerLlava(lmms):
         known = list(inspect.signature(cls).parameters)
         for name in simple_parse_args_string(arg_string):
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-                raise ValueError(f"streamformer_llava has no model argument {name!r}; {hint}")
+                raise ValueError(
+                    f"streamformer_llava has no model argument {name!r}; {hint(name, known)}"
+                )
         return super().create_from_arg_string(arg_string, additional_config)
 
     @property

@@ -27,7 +27,6 @@ import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from backbone.files import read_json, write_json
+from backbone.names import hint
 from integrations.videoqa import prompts
 from integrations.videoqa.checkpoints import build_model, load_model, load_projector
 from integrations.videoqa.data import (
@@ -158,9 +158,7 @@ class StageConfig:
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
-                near = get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-                raise ValueError(f"a stage has no field {name!r}; {hint}")
+                raise ValueError(f"a stage has no field {name!r}; {hint(name, known)}")
         return replace(base or cls(), **values)
 
 
@@ -383,9 +381,9 @@ def _arguments(
     }
     unknown = sorted(extra.keys() - known)
     if unknown:
-        near = get_close_matches(unknown[0], known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"transformers.TrainingArguments has no {unknown[0]!r}{hint}")
+        raise ValueError(
+            f"transformers.TrainingArguments has no {unknown[0]!r}; {hint(unknown[0], known)}"
+        )
     arguments = TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
         learning_rate=stage.lr,

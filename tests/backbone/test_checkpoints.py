@@ -412,7 +412,7 @@ def test_options_that_the_released_layout_does_not_take(released):
     folder = released()
     with pytest.raises(ValueError, match="device_map='auto': released checkpoints load onto one"):
         StreamformerModel.from_pretrained(folder, device_map="auto")
-    with pytest.raises(TypeError, match="'widow' is no field of .*did you mean window"):
+    with pytest.raises(TypeError, match="'widow' is no field of .*did you mean 'window'"):
         StreamformerModel.from_pretrained(folder, widow=3)
     with pytest.raises(TypeError, match="'config' is no field"):
         StreamformerModel.from_pretrained(folder, config=StreamformerConfig())
@@ -509,5 +509,5 @@ def test_models_taken_for_one_another(make_siglip, make_model, released, tmp_pat
         (tmp_path / "bert").mkdir()
         (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
         StreamformerModel.from_pretrained(tmp_path / "bert")
-    with pytest.raises(TypeError, match="'nun_frames' is no field.*did you mean num_frames"):
+    with pytest.raises(TypeError, match="'nun_frames' is no field.*did you mean 'num_frames'"):
         lift_siglip(make_siglip(), nun_frames=3)

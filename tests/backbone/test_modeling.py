@@ -194,7 +194,7 @@ def test_refuses_frames_that_do_not_fit(make_model, clip, message):
         ({"window": 0}, "window=0: a frame always sees itself"),
         ({"lora_rank": -1}, "lora_rank=-1 must not be negative"),
         ({"drop_path_rate": 1.0}, "drop_path_rate=1.0 is no rate"),
-        ({"hidden_act": "gelu_tanh"}, "hidden_act='gelu_tanh' is unknown.*did you mean gelu"),
+        ({"hidden_act": "gelu_tanh"}, "hidden_act='gelu_tanh' is unknown.*did you mean 'gelu"),
         ({"temporal_positions": "clamp"}, "temporal_positions"),
         ({"window": "all"}, "window"),
     ],

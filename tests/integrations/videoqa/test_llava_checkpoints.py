@@ -318,7 +318,7 @@ def test_foreign_folders(folder, tmp_path):
         llava_config({"model_type": "llava_qwen", "mm_resampler_type": "perceiver"}, "x")
     with pytest.raises(CheckpointError, match="config.json"):
         load_model(tmp_path)
-    with pytest.raises(TypeError, match="'num_frame'.*did you mean num_frames"):
+    with pytest.raises(TypeError, match="'num_frame'.*did you mean 'num_frames'"):
         load_model(folder, num_frame=8)
 
 
