@@ -24,10 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.config import digest
-from experiments.environment import cores
 
 from .params import seed_of
-from .render import appearing, mapper
+from .render import mapper, rendered
 from .scene import COLOURS, SHAPES, TEXTURES, Camera, Item, draw
 from .writers import instance, write_json, write_still
 
@@ -134,17 +133,8 @@ def render_instances(
     ``workers`` as for ``render_world``. An interrupted render leaves nothing behind. Raises
     ValueError for ``workers`` below 1.
     """
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers} must be at least 1, or None for one per core")
-    folder = Path(folder)
-    home = folder / f"instances-{instances_key(params)}"
-    if (home / "world.json").is_file():
-        logger.info("miniworld: reusing %s", home)
-        return home
-    folder.mkdir(parents=True, exist_ok=True)
-    with appearing(home) as made:
-        _render(made, params, workers or cores())
-    return home
+    render = partial(_render, params=params)
+    return rendered(Path(folder) / f"instances-{instances_key(params)}", render, workers)
 
 
 def _render(root: Path, params: InstanceParams, workers: int) -> None:

@@ -28,13 +28,12 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.config import digest
-from experiments.environment import cores
 
 from .actions import PRETRAINING_ACTIONS
 from .language import captions
 from .params import WorldParams, seed_of
 from .qa_language import FORMS, balance, prompt, right_answer, write_questions
-from .render import appearing, mapper
+from .render import mapper, rendered
 from .scene import Camera, draw
 from .script import Scene, Script, write_script
 from .writers import write_json, write_video
@@ -117,14 +116,8 @@ def render_qa(
             f"QaParams.frames={params.frames} must hold two actions of at least "
             f"{world.action_frames[0]} frames and a rest"
         )
-    folder = Path(root) / f"qa-{qa_key(params, world)}"
-    if (folder / "world.json").is_file():
-        logger.info("miniworld: reusing %s", folder)
-        return folder
-    Path(root).mkdir(parents=True, exist_ok=True)
-    with appearing(folder) as beside:
-        _render(beside, params, world, workers or cores())
-    return folder
+    render = partial(_render, params=params, world=world)
+    return rendered(Path(root) / f"qa-{qa_key(params, world)}", render, workers)
 
 
 def qa_key(params: QaParams, world: WorldParams) -> str:

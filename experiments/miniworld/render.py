@@ -22,7 +22,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -65,16 +65,20 @@ def render_world(root: Path | str, params: WorldParams, workers: int | None = No
     that uses several needs the ``if __name__ == "__main__"`` guard. An interrupted render leaves
     nothing behind. Raises ValueError for ``workers`` below 1.
     """
+    render = partial(_render, params=params)
+    return rendered(Path(root) / f"world-{world_key(params)}", render, workers)
+
+
+def rendered(folder: Path, render: Callable[..., None], workers: int | None = None) -> Path:
+    """The folder, filled by ``render(folder, workers=…)`` unless it is whole already."""
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} must be at least 1, or None for one per core")
-    root = Path(root)
-    world = root / f"world-{world_key(params)}"
-    if (world / "world.json").is_file():
-        logger.info("miniworld: reusing %s", world)
-        return world
-    with appearing(world) as folder:
-        _render(folder, params, workers or cores())
-    return world
+    if (folder / "world.json").is_file():
+        logger.info("miniworld: reusing %s", folder)
+        return folder
+    with appearing(folder) as beside:
+        render(beside, workers=workers or cores())
+    return folder
 
 
 @contextmanager
