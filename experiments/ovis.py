@@ -142,31 +142,10 @@ def resolve(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     from experiments.miniworld import WorldParams
     from experiments.miniworld.instances import InstanceParams
     from integrations.ovis.adapter import AdapterConfig
-    from integrations.ovis.config import (
-        FROM_DATA,
-        FROM_ENCODER,
-        DataConfig,
-        EvalConfig,
-        OvisConfig,
-        TrainConfig,
-    )
-    from integrations.ovis.contrastive import ContrastiveConfig
-    from integrations.ovis.criterion import LossConfig
+    from integrations.ovis.config import FROM_DATA, FROM_ENCODER, RECORDS, OvisConfig
     from integrations.ovis.head import HeadConfig
-    from integrations.ovis.postprocess import VideoConfig
-    from integrations.ovis.tracker import TrackerConfig
 
-    records = {
-        "data": DataConfig,
-        "loss": LossConfig,
-        "contrastive": ContrastiveConfig,
-        "tracker": TrackerConfig,
-        "video": VideoConfig,
-        "train": TrainConfig,
-        "eval": EvalConfig,
-        "instances": InstanceParams,
-        "world": WorldParams,
-    }
+    records = {**RECORDS, "instances": InstanceParams, "world": WorldParams}
     defaults = {
         **{name: field_defaults(record) for name, record in records.items()},
         "adapter": field_defaults(AdapterConfig, leave_out=FROM_ENCODER),

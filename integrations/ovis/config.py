@@ -176,7 +176,7 @@ class OvisConfig:
         read = cls(
             adapter=dict(values["adapter"]),
             head=dict(values["head"]),
-            **{name: read_section(record, values[name], name) for name, record in _RECORDS.items()},
+            **{name: read_section(record, values[name], name) for name, record in RECORDS.items()},
         )
         read.data.clips()  # a wrong value is refused here
         return read
@@ -186,7 +186,7 @@ class OvisConfig:
         return asdict(self)
 
 
-_RECORDS = {
+RECORDS = {  # sections whose values the config gives in full
     "data": DataConfig,
     "loss": LossConfig,
     "contrastive": ContrastiveConfig,
