@@ -24,6 +24,7 @@ if not __package__:  # run as a script, installed or not: the clone's packages c
 VERBS = {  # verb -> (module, what it does)
     "oad": ("experiments.oad", "compare frozen encoders on online action detection"),
     "ovis": ("experiments.ovis", "compare frozen encoders on video instance segmentation"),
+    "videoqa": ("experiments.videoqa", "compare frozen encoders on video question answering"),
     "pretrain": ("experiments.pretrain", "align an encoder with text over all tasks of a config"),
     "zero-shot": ("experiments.zero_shot", "measure any encoder against texts, without training"),
     "ablation": ("experiments.ablation", "pretrain on parts of the tasks and compare downstream"),
@@ -35,6 +36,7 @@ VERBS = {  # verb -> (module, what it does)
     "align": ("experiments.align", "say which text fits a video, each frame and each patch"),
     "detect": ("experiments.detect", "watch a video file or a camera and say what happens, live"),
     "track": ("experiments.track", "segment and track what a video file or a camera shows, live"),
+    "chat": ("experiments.chat", "ask about a video file or a camera while it runs"),
     "extract": ("experiments.extract", "write an encoder's features for every video of a folder"),
     "export": ("experiments.export", "write a streaming encoder as a file for another runtime"),
     "efficiency": ("experiments.efficiency", "measure what a frame costs when a stream grows"),

@@ -28,6 +28,20 @@ def write_offer(folder: Path | str, questions: Path | str, pretrained: Path | st
     write_json(folder / RECORD, paths)
 
 
+def read_offer(folder: Path | str) -> dict[str, Path] | None:
+    """What a job's folder records, ``questions`` and ``pretrained``; None if that is not there.
+
+    Raises:
+        ValueError: a record that is no JSON.
+    """
+    record = Path(folder) / RECORD
+    if not record.is_file():
+        return None
+    made = {name: record.parent / path for name, path in read_json(record).items()}
+    whole = (made["questions"] / "lmms").is_dir() and made["pretrained"].is_dir()
+    return made if whole else None
+
+
 def offer() -> dict[str, Any]:
     """Folders of ``tasks``, the model that is ``pretrained`` (or None), and ``advice`` without it.
 
@@ -38,13 +52,9 @@ def offer() -> dict[str, Any]:
         ValueError: a record that is no JSON.
     """
     for folder in _places():
-        if not (folder / RECORD).is_file():
-            continue
-        made = {name: folder / path for name, path in read_json(folder / RECORD).items()}
-        tasks = made["questions"] / "lmms"
-        if tasks.is_dir() and made["pretrained"].is_dir():
+        if (made := read_offer(folder)) is not None:
             return {
-                "tasks": [str(tasks)],
+                "tasks": [str(made["questions"] / "lmms")],
                 "pretrained": str(made["pretrained"].resolve()),
                 "advice": advice(),
             }
