@@ -343,8 +343,8 @@ def describe(
         relative to ``DIR/tokens``.
     """
     from integrations.videoqa.data import read_records
-    from integrations.videoqa.tokens import describe as facts_of
     from integrations.videoqa.tokens import PART, lacking
+    from integrations.videoqa.tokens import describe as facts_of
     from integrations.videoqa.train import prepare as prepare_stage
     from pretrain.launch import run_processes
 
