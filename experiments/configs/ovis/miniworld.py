@@ -45,7 +45,7 @@ train = {
     "iterations": 600,
     "batch_size": 8,
     "lr": 2e-3,
-    "rates": {},
+    "rates": {"_delete_": True},  # adapter and head learn alike
     "schedule": "cosine",
     "warmup": 20,
     "clip_norm": 1.0,
