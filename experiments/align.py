@@ -176,6 +176,8 @@ def draw(path: Path, title: str, times: np.ndarray, images: np.ndarray, found: A
     from matplotlib import pyplot
     from matplotlib.colors import LinearSegmentedColormap
 
+    from experiments.drawing import draw_heat
+
     shades = LinearSegmentedColormap.from_list("fit", ["#ffffff", "#9cc9e6", "#0072b2"])
     chosen = _spread(len(times), PICTURES)
     best = found.clip.argsort(descending=True)[:MOST_DRAWN].tolist()
@@ -193,7 +195,8 @@ def draw(path: Path, title: str, times: np.ndarray, images: np.ndarray, found: A
                 axes.imshow(images[frame], interpolation=_interpolation(images))
                 axes.set_title(f"{times[frame]:.2f} s", fontsize=9.5)
                 _bare(axes)
-            _draw_timeline(figure, figure.add_subplot(grid[1, :]), times, found, labels, shades)
+            below = figure.add_subplot(grid[1, :])
+            draw_heat(figure, below, times, found.frames.numpy(), labels, "cosine", cmap=shades)
             for row, text in enumerate(best):
                 patches = found.patches[..., text].numpy()  # (T, h, w)
                 low, high = float(patches.min()), float(patches.max())
@@ -219,27 +222,6 @@ def draw(path: Path, title: str, times: np.ndarray, images: np.ndarray, found: A
             figure.savefig(path, dpi=130, facecolor="white")
         finally:
             pyplot.close(figure)
-
-
-def _draw_timeline(
-    figure: Any, axes: Any, times: np.ndarray, found: Any, labels: list[str], shades: Any
-) -> None:
-    step = float(np.median(np.diff(times))) if len(times) > 1 else 1.0
-    image = axes.imshow(
-        found.frames.numpy().T,
-        aspect="auto",
-        cmap=shades,
-        extent=(times[0] - step / 2, times[-1] + step / 2, len(labels) - 0.5, -0.5),
-        interpolation="nearest",
-    )
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_yticks(np.arange(len(labels) - 1) + 0.5, minor=True)
-    axes.grid(axis="y", which="minor", color="#e6e9ee")
-    axes.tick_params(axis="y", which="both", length=0)
-    axes.set_xlabel("seconds")
-    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
-    bar.set_label("cosine")
-    bar.outline.set_visible(False)
 
 
 def _levels(found: Any) -> dict[str, Any]:

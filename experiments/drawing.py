@@ -108,8 +108,6 @@ def plot_timeline(
     from matplotlib.colors import LinearSegmentedColormap
 
     order = _leading(scores, names, segments)
-    step = float(np.median(np.diff(times))) if len(times) > 1 else 1.0
-    ends = (float(times[0]) - step / 2, float(times[-1]) + step / 2)
     shades = LinearSegmentedColormap.from_list("scores", ["#ffffff", "#9cc9e6", "#0072b2"])
     style = {"font.size": 9.5, "axes.edgecolor": "#c9ced6", "text.color": "#22272e"}
     with pyplot.rc_context(style):
@@ -120,31 +118,60 @@ def plot_timeline(
             heat = figure.add_subplot(grid[1])
             _plot_strip(strip, pictures)
             figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-            image = heat.imshow(
-                scores[:, order].T,
-                aspect="auto",
-                cmap=shades,
-                vmin=0,
-                vmax=1,
-                extent=(*ends, len(order) - 0.5, -0.5),
-                interpolation="nearest",
-            )
-            rows = {names[column]: row for row, column in enumerate(order)}
+            shown = [names[column] for column in order]
+            look = {"cmap": shades, "vmin": 0, "vmax": 1}
+            draw_heat(figure, heat, times, scores[:, order], shown, "score now", **look)
+            rows = {name: row for row, name in enumerate(shown)}
             for segment in segments:
                 if segment["action"] in rows:
-                    _frame(heat, segment, rows[segment["action"]], step)
-            heat.set_yticks(range(len(order)), [names[column] for column in order])
-            heat.set_yticks(np.arange(len(order) - 1) + 0.5, minor=True)
-            heat.grid(axis="y", which="minor", color="#e6e9ee")
-            heat.tick_params(axis="y", which="both", length=0)
-            heat.set_xlabel("seconds")
-            bar = figure.colorbar(image, ax=heat, pad=0.01, fraction=0.03)
-            bar.set_label("score now")
-            bar.outline.set_visible(False)
+                    _frame(heat, segment, rows[segment["action"]], _step(times))
             figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, hspace=0.0)
             figure.savefig(path, dpi=130, facecolor="white")
         finally:
             pyplot.close(figure)
+
+
+def draw_heat(
+    figure: Any,
+    axes: Any,
+    times: np.ndarray,
+    values: np.ndarray,
+    names: Sequence[str],
+    label: str,
+    **look: Any,
+) -> None:
+    """Draw a row per name, its values over time as colours.
+
+    Args:
+        figure: matplotlib's, which gets a bar of colours.
+        axes: to draw on.
+        times: ``(S,)`` seconds.
+        values: ``(S, C)``.
+        names: C rows.
+        label: of the bar.
+        look: matplotlib's options of ``imshow``, such as ``cmap``.
+    """
+    step = _step(times)
+    image = axes.imshow(
+        values.T,
+        aspect="auto",
+        extent=(times[0] - step / 2, times[-1] + step / 2, len(names) - 0.5, -0.5),
+        interpolation="nearest",
+        **look,
+    )
+    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(np.arange(len(names) - 1) + 0.5, minor=True)
+    axes.grid(axis="y", which="minor", color="#e6e9ee")
+    axes.tick_params(axis="y", which="both", length=0)
+    axes.set_xlabel("seconds")
+    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+
+
+def _step(times: np.ndarray) -> float:
+    """Seconds from one time to the next."""
+    return float(np.median(np.diff(times))) if len(times) > 1 else 1.0
 
 
 def _leading(scores: np.ndarray, names: Sequence[str], segments: Sequence[dict]) -> list[int]:
