@@ -51,7 +51,8 @@ def test_real_data_are_trained_on_as_published(name):
     assert round(parameters / 1e6, 1) == 20.5  # 20.3 of Mask2Former, and the embedding
 
 
-def test_miniworld_evaluates_online_and_looks_at_camouflage_apart():
+def test_miniworld_trains_all_alike_and_evaluates_online_with_camouflage_apart():
     config = settings("miniworld")
     assert config.eval.mode == "stream" and config.eval.groups == {"camouflaged": "camouflaged"}
     assert (config.data.val_split, config.data.test_split) == ("val", "test")
+    assert config.train.rates == {}, "an adapter that starts anew learns as fast as the head"

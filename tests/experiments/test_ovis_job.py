@@ -25,6 +25,7 @@ SMALL = {
     "train.warmup": 1,
     "train.batch_size": 2,
     "train.checkpoint_every": 1,
+    "train.threads": None,  # no processes: to start them would take longest
     "loss.num_points": 64,
     "head.decoder_layers": 1,
 }
