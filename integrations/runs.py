@@ -1,12 +1,11 @@
 """What mmengine's ``Runner`` leaves open, for every task that is trained by it.
 
-A device of one's own, whole checkpoints that ``torch.load`` reads safely, a quiet terminal, no
-traces in the process, and a folder that belongs to one run.
+A device of one's own, whole checkpoints that ``torch.load`` reads safely, a quiet terminal, and no
+traces in the process.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -31,8 +30,6 @@ from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-
-from backbone.files import read_json, write_json
 
 
 class QuietRunner(Runner):
@@ -220,41 +217,6 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
     }
     newest = max(numbered, default=0)
     return numbered.get(newest), newest
-
-
-def claim(folder: Path, resolved: Mapping[str, Any], path: Path, trained: bool) -> None:
-    """Make sure that what was trained in a folder belongs to this very run.
-
-    Args:
-        folder: of the run.
-        resolved: all that decides the run.
-        path: file in it that holds this of the run that was there before.
-        trained: whether there is something of such a run.
-
-    Raises:
-        ValueError: it was another run; the text says in what they differ.
-    """
-    resolved = json.loads(json.dumps(resolved))
-    if not path.is_file() or not trained:
-        write_json(path, resolved)
-        return
-    found = differing(read_json(path), resolved)
-    if found:
-        raise ValueError(
-            f"{folder} holds another run: {'; '.join(found)}. Use another folder, or delete "
-            "this one"
-        )
-
-
-def differing(there: object, now: object, where: str = "") -> list[str]:
-    """One line for each value that two nested dicts do not share."""
-    if isinstance(there, dict) and isinstance(now, dict):
-        return [
-            line
-            for key in sorted({*there, *now})
-            for line in differing(there.get(key), now.get(key), f"{where}.{key}".lstrip("."))
-        ]
-    return [] if there == now else [f"{where} is {there!r} there and {now!r} now"]
 
 
 def device_of(name: str) -> torch.device:

@@ -24,6 +24,7 @@ from mmengine.dataset import default_collate, pseudo_collate
 from torch.utils.data import DataLoader
 
 from backbone.files import read_json, write_json
+from integrations.claims import claim
 from integrations.oad.checkpoints import save_head
 from integrations.oad.config import DataConfig, EvalConfig, OadConfig
 from integrations.oad.data import (
@@ -50,7 +51,6 @@ from integrations.runs import (
     FiniteLoss,
     PlainMessageHub,
     QuietRunner,
-    claim,
     device_of,
     instances,
     last_checkpoint,
@@ -60,7 +60,6 @@ from integrations.runs import (
 logger = logging.getLogger(__name__)
 
 RESULTS = "test_results.json"
-RESOLVED = "resolved.json"
 ENCODERS_OWN = ("encoder", "dim", "image_size", "image_mean", "image_std")  # of features.json
 
 
@@ -96,7 +95,7 @@ def run_oad(
     work_dir.mkdir(parents=True, exist_ok=True)
     folder, finished = work_dir / "training", work_dir / RESULTS
     trained = finished.is_file() or last_checkpoint(folder)[0] is not None
-    claim(work_dir, _resolved(settings, features_root, seed), work_dir / RESOLVED, trained)
+    claim(work_dir, _resolved(settings, features_root, seed), trained)
     if finished.is_file():
         logger.info("%s: finished earlier", finished)
         return read_json(finished)

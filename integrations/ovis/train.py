@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from backbone import VideoEncoder
 from backbone.files import read_json, write_json
+from integrations.claims import claim
 from integrations.ovis.config import DataConfig, OvisConfig
 from integrations.ovis.data import (
     ClipBatches,
@@ -59,7 +60,6 @@ from integrations.runs import (
     FiniteLoss,
     PlainMessageHub,
     QuietRunner,
-    claim,
     device_of,
     instances,
     last_checkpoint,
@@ -69,7 +69,6 @@ from integrations.runs import (
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
-RESOLVED = "resolved.json"
 SEGMENTER = "segmenter.safetensors"
 SUBMISSION = "submission.zip"
 
@@ -159,7 +158,7 @@ def run_ovis(
     finished = work_dir / RESULTS
     resolved = {**settings.to_dict(), "seed": seed, "encoder": encoder.settings()}
     trained = finished.is_file() or last_checkpoint(folder)[0] is not None
-    claim(work_dir, resolved, work_dir / RESOLVED, trained)
+    claim(work_dir, resolved, trained)
     if finished.is_file():
         logger.info("%s: finished earlier", finished)
         return read_json(finished)

@@ -44,6 +44,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from backbone.files import read_json, write_json
 from backbone.names import hint
+from integrations.claims import claim
 from integrations.videoqa import prompts
 from integrations.videoqa.checkpoints import build_model, load_model, load_projector
 from integrations.videoqa.data import (
@@ -64,7 +65,6 @@ from integrations.videoqa.tokens import encode_visuals, read_tokens
 logger = logging.getLogger(__name__)
 
 REPORT = "training.json"
-RESOLVED = "resolved.json"
 CHECKPOINTS = "checkpoints"
 LOST = "unreadable.json"  # beside each checkpoint
 GRACE = 2  # unreadable files that never end a training
@@ -246,7 +246,8 @@ def run_stage(
         ),
         limit=max(GRACE, int(stage.max_unreadable * len(records))),
     )
-    last = get_last_checkpoint(arguments.output_dir) if _is_folder(arguments.output_dir) else None
+    checkpoints = output / CHECKPOINTS
+    last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
     if last is not None:
         logger.info("%s: goes on from %s", output, last)
         run.lost.update(read_json(Path(last) / LOST))
@@ -423,22 +424,8 @@ def _claim(
         "seed": seed,
         "tower": model.tower.encoder.settings(),
     }
-    resolved = json.loads(json.dumps(resolved))
-    path = output / RESOLVED
-    if path.is_file() and ((output / REPORT).is_file() or _is_folder(output / CHECKPOINTS)):
-        there = read_json(path)
-        differing = [name for name in resolved if there.get(name) != resolved[name]]
-        if differing:
-            raise ValueError(
-                f"{output} holds another training: its {' and '.join(differing)} differ from what "
-                "is asked for now. Use another folder, or delete this one"
-            )
-        return
-    write_json(path, resolved)
-
-
-def _is_folder(path: Path | str) -> bool:
-    return Path(path).is_dir()
+    trained = (output / REPORT).is_file() or (output / CHECKPOINTS).is_dir()
+    claim(output, resolved, trained)
 
 
 def _reload(model: StreamformerLlavaForConditionalGeneration, folder: Path) -> None:

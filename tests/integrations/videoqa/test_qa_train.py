@@ -196,9 +196,9 @@ def test_a_finished_stage_is_loaded(fresh, data, tmp_path, monkeypatch):
 def test_a_folder_of_another_stage_is_refused(fresh, data, tmp_path):
     model = fresh()
     run_stage(model, TINY, [data], tmp_path / "out", trainer=CPU)
-    with pytest.raises(ValueError, match="out holds another training: its stage differ"):
+    with pytest.raises(ValueError, match="out holds another run: stage.lr is"):
         run_stage(model, replace(TINY, lr=1.0), [data], tmp_path / "out", trainer=CPU)
-    with pytest.raises(ValueError, match="its seed differ"):
+    with pytest.raises(ValueError, match="seed is 0 there and 1 now"):
         run_stage(model, TINY, [data], tmp_path / "out", seed=1, trainer=CPU)
 
 
