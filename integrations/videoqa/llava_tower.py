@@ -28,7 +28,7 @@ from integrations.videoqa.frames import preprocess
 from integrations.videoqa.tower import SAVED_KINDS, VisionTower, load_tower_model
 
 try:
-    import llava  # noqa: F401
+    import llava  # noqa: F401 (only whether it is there)
 except ImportError as error:
     raise ImportError(
         "llava_tower needs the llava package, which is not on PyPI; install LLaVA-NeXT, or use "

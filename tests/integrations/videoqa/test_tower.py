@@ -103,19 +103,19 @@ def test_other_kinds_of_encoders():
     encoder = Grey()
     assert VisionTower(encoder, "grey:8")(torch.zeros(1, 2, 3, 32, 32)).shape == (1, 2, 16, 16)
     with pytest.raises(ValueError, match="grey:8.*no final norm.*tower_post_norm=False"):
-        VisionTower(encoder, "grey:8", 0, True).encoder  # noqa: B018
+        _ = VisionTower(encoder, "grey:8", 0, True).encoder
     VisionTower(encoder, "grey:8", 0, False)(torch.zeros(1, 1, 3, 32, 32))
 
 
 def test_refusals_name_the_value(spec):
     with pytest.raises(ValueError, match="layer 7"):
-        VisionTower(load_tower_model(spec), spec, 7, False).encoder  # noqa: B018
+        _ = VisionTower(load_tower_model(spec), spec, 7, False).encoder
     with pytest.raises(ValueError, match="no tower preset 'lst'"):
         tower_preset("lst", "siglip")
     with pytest.raises(ValueError, match="'released' knows streamformer, siglip, not 'clip'"):
         tower_preset("released", "clip")
     with pytest.raises(ValueError, match="no tower yet"):
-        VisionTower(None).encoder  # noqa: B018
+        _ = VisionTower(None).encoder
 
 
 def test_kinds_are_read_from_configs(spec, tmp_path):
