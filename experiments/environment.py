@@ -1,5 +1,7 @@
 """What ran where: versions, machine, commit. Goes into every report and into issue reports.
 
+Also what a job may use of the machine: device, cores, threads.
+
 ``python experiments/run.py env`` must work exactly where nothing else does, so versions are read
 from the installed metadata without importing the packages, and a probe that fails becomes a value
 that says so.
