@@ -42,7 +42,7 @@ loss = {"num_points": 512}
 video = {"top_pairs": 10}
 
 train = {
-    "iterations": 600,
+    "iterations": 800,
     "batch_size": 8,
     "lr": 2e-3,
     "rates": {"_delete_": True},  # adapter and head learn alike
