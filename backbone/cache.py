@@ -17,10 +17,15 @@ Promises, each with a test of the same name:
 3. *memory is bounded*: ``span`` slots, allocated once (without a window: grown by doubling);
 4. *rows are independent*: streams of a batch stand at positions of their own, join and leave at any
    time, and can be saved and restored.
+
+Keys and values can be kept in fewer bits than the model computes in (``kept_as``): bfloat16, or
+int8 with a scale for each vector. They are rounded once, when stored, and unfolded block by block
+when read; the first promise then holds up to this rounding.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -28,7 +33,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .rounding import to_int8
+
 _FIRST_CAPACITY = 16
+_BLOCK_BYTES = 4 * 2**20  # keys and values unfolded at once; more would leave a CPU's cache
+_PARTS = ("keys_values", "scales")  # of a state; scales where keys and values are int8
+KEPT_AS = (torch.bfloat16, torch.float16, torch.int8)
 
 
 def attendable(
@@ -59,7 +69,13 @@ class _Memory:
     """What a cache and its views of some rows share."""
 
     store: Tensor  # (L, K and V, B, N, A, slots, d): one head's slots lie side by side, as it reads
+    scales: Tensor | None  # (L, K and V, B, N, A, slots, 1), where the store is int8
     positions: list[int]  # on the host: planning a step must not wait for a GPU
+    scratch: Tensor | None = None
+
+    @property
+    def parts(self) -> list[Tensor]:
+        return [self.store] if self.scales is None else [self.store, self.scales]
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,8 @@ class StepPlan:
         scatter: else row and slot of each, ``(B, 1)`` and ``(B, kept)``, on the device.
         visible: slots read.
         mask: boolean ``(1 or B, t, keys)``, or None when every key may be seen.
+        blocks: patches to attend to together, where what is read must first be unfolded; None for
+            all at once.
     """
 
     reads_first: bool
@@ -83,6 +101,7 @@ class StepPlan:
     scatter: tuple[Tensor, Tensor] | None
     visible: int
     mask: Tensor | None
+    blocks: tuple[slice, ...] | None = None
 
 
 class StreamingCache:
@@ -96,11 +115,12 @@ class StreamingCache:
         head_dim: width ``d`` of a head.
         window: frames a frame may attend to, itself included; None for all.
         segment: frames after which a stream forgets (policy ``reset``); None for never.
-        dtype: type of the stored keys and values.
+        dtype: type of the keys and values that come and are read.
         device: where they live.
+        kept_as: one of ``KEPT_AS`` to store them in; None for ``dtype``.
 
     Raises:
-        ValueError: for a window or a segment below 1.
+        ValueError: for a window or a segment below 1, or a type to keep them in that is not known.
     """
 
     def __init__(
@@ -115,7 +135,10 @@ class StreamingCache:
         segment: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        kept_as: torch.dtype | None = None,
     ) -> None:
+        if kept_as not in (None, *KEPT_AS):
+            raise ValueError(f"kept_as={kept_as}: choose one of {KEPT_AS}, or None")
         bounds = [bound for bound in (window, segment) if bound is not None]
         if bounds and min(bounds) < 1:
             raise ValueError(f"window={window}, segment={segment}: a frame always sees itself")
@@ -123,7 +146,11 @@ class StreamingCache:
         self.span = min(bounds) if bounds else None
         capacity = _FIRST_CAPACITY if self.span is None else self.span
         shape = (num_layers, 2, batch_size, num_patches, num_heads, capacity, head_dim)
-        self._memory = _Memory(_empty_store(shape, dtype, device), [0] * batch_size)
+        store, scales = _empty_store(shape, kept_as or dtype, device), None
+        if kept_as == torch.int8:
+            scales = _empty_store((*shape[:-1], 1), dtype, device)
+        self._memory = _Memory(store, scales, [0] * batch_size)
+        self.dtype = dtype
         self._rows: list[int] | None = None
 
     # -- what a stream is ---------------------------------------------------------------------
@@ -152,7 +179,7 @@ class StreamingCache:
     @property
     def memory_bytes(self) -> int:
         """Bytes of stored keys and values."""
-        return self._memory.store.numel() * self._memory.store.element_size()
+        return sum(part.numel() * part.element_size() for part in self._memory.parts)
 
     @property
     def device(self) -> torch.device:
@@ -160,8 +187,8 @@ class StreamingCache:
         return self._memory.store.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Type of keys and values."""
+    def kept_as(self) -> torch.dtype:
+        """Type in which keys and values are stored."""
         return self._memory.store.dtype
 
     @property
@@ -195,7 +222,8 @@ class StreamingCache:
         """Let streams start anew at frame 0; all of them unless ``rows`` names some."""
         streams = self if rows is None else self.rows(rows)
         # Unwritten slots are masked, but a masked NaN would still poison the sum: erase.
-        self._memory.store[:, :, streams._index] = 0
+        for part in self._memory.parts:
+            part[:, :, streams._index] = 0
         for row in streams._active:
             self._memory.positions[row] = 0
 
@@ -234,26 +262,60 @@ class StreamingCache:
             scatter=None if is_run else self._scatter(slots),
             visible=visible,
             mask=None if bool(mask.all()) else mask.to(self.device),
+            blocks=self._blocks(mask.shape[-1]),
         )
 
-    def extend(self, layer: int, plan: StepPlan, new: Tensor) -> Tensor:
+    def extend(
+        self, layer: int, plan: StepPlan, new: Tensor, patches: slice = slice(None)
+    ) -> Tensor:
         """Store a layer's new keys and values and return all that the new frames may read.
 
         Args:
             layer: layer number.
             plan: this step's :meth:`plan`.
             new: keys and values of the new frames ``(2, B, N, A, t, d)``.
+            patches: which patches these are.
 
         Returns:
             Keys and values ``(2, B, N, A, S, d)`` to attend to under ``plan.mask``.
         """
-        store = self._memory.store[layer]  # (2, B, N, A, slots, d), a view
+        stores = [part[layer][:, :, patches] for part in self._memory.parts]  # views
+        packed = [new.to(self.kept_as)] if len(stores) == 1 else list(to_int8(new))
+
+        def visible() -> Tensor:
+            read = [store[:, self._index, :, :, : plan.visible] for store in stores]
+            return self._unfolded(read, self._scratch(read[0].shape))
+
         if not plan.reads_first:
-            self._write(store, plan, new)
-            return store[:, self._index, :, :, : plan.visible]
-        joined = torch.cat([store[:, self._index, :, :, : plan.visible], new], dim=4)
-        self._write(store, plan, new[..., -plan.kept :, :])
+            self._write(stores, plan, packed)
+            return visible()
+        joined = torch.cat([visible(), self._unfolded(packed)], dim=4)
+        self._write(stores, plan, [part[..., -plan.kept :, :] for part in packed])
         return joined
+
+    def _unfolded(self, parts: list[Tensor], into: Tensor | None = None) -> Tensor:
+        """What is stored, in the type of the model; as it lies if that is the same."""
+        values = parts[0].to(self.dtype) if into is None else into.copy_(parts[0])
+        return values if len(parts) == 1 else values.mul_(parts[1])
+
+    def _scratch(self, shape: Sequence[int]) -> Tensor | None:
+        """Room to unfold keys and values in, the same for every block and layer: fresh memory for
+        each would cost several times what the unfolding does. None where nothing is folded.
+        """
+        if self.kept_as == self.dtype:
+            return None
+        memory, size = self._memory, math.prod(shape)
+        if memory.scratch is None or memory.scratch.numel() < size:
+            memory.scratch = _empty_store((size,), self.dtype, self.device)
+        return memory.scratch[:size].view(shape)
+
+    def _blocks(self, keys: int) -> tuple[slice, ...] | None:
+        if self.kept_as == self.dtype:
+            return None
+        patches, heads, width = (self._memory.store.shape[i] for i in (3, 4, 6))
+        row = 2 * self.batch_size * heads * keys * width * self.dtype.itemsize
+        size = max(1, _BLOCK_BYTES // row)
+        return tuple(slice(first, first + size) for first in range(0, patches, size))
 
     @property
     def keys_values(self) -> Tensor:
@@ -269,12 +331,13 @@ class StreamingCache:
         for row in self._active:
             self._memory.positions[row] += num_new
 
-    def _write(self, store: Tensor, plan: StepPlan, new: Tensor) -> None:
-        if plan.run is not None:
-            store[:, self._index, :, :, plan.run] = new
-        else:
-            by_slot = store.permute(1, 4, 0, 2, 3, 5)  # (B, slots, 2, N, A, d), a view
-            by_slot[plan.scatter] = new.permute(1, 4, 0, 2, 3, 5).to(store.dtype)
+    def _write(self, stores: list[Tensor], plan: StepPlan, parts: list[Tensor]) -> None:
+        for store, new in zip(stores, parts, strict=True):
+            if plan.run is not None:
+                store[:, self._index, :, :, plan.run] = new
+            else:
+                by_slot = store.permute(1, 4, 0, 2, 3, 5)  # (B, slots, 2, N, A, d), a view
+                by_slot[plan.scatter] = new.permute(1, 4, 0, 2, 3, 5).to(store.dtype)
 
     def _scatter(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         rows = torch.tensor(self._active)[:, None]  # (B, 1)
@@ -288,11 +351,9 @@ class StreamingCache:
             return
         while capacity < frames:
             capacity *= 2
-        grown = _empty_store(
-            (*store.shape[:5], capacity, store.shape[6]), store.dtype, store.device
-        )
-        grown[..., : store.shape[5], :] = store
-        self._memory.store = grown
+        self._memory.store = _grown(store, capacity)
+        if self._memory.scales is not None:
+            self._memory.scales = _grown(self._memory.scales, capacity)
 
     def _used(self, positions: list[int]) -> int:
         """Slots in use by streams at ``positions``; without layers nothing was ever stored."""
@@ -309,10 +370,12 @@ class StreamingCache:
         """
         bounds = [-1 if bound is None else bound for bound in (self.window, self.segment)]
         used = self._used(self.positions)
+        parts = {
+            name: part[:, :, self._index, :, :, :used].clone(memory_format=torch.contiguous_format)
+            for name, part in zip(_PARTS, self._memory.parts, strict=False)
+        }
         return {
-            "keys_values": self._memory.store[:, :, self._index, :, :, :used].clone(
-                memory_format=torch.contiguous_format
-            ),
+            **parts,
             "positions": torch.tensor(self.positions),
             "bounds": torch.tensor(bounds),
         }
@@ -343,15 +406,21 @@ class StreamingCache:
             )
         self._reserve(used)
         self.reset(self._active)
-        self._memory.store[:, :, self._index, :, :, :used] = saved.to(self.device)
+        for name, part in zip(_PARTS, self._memory.parts, strict=False):
+            part[:, :, self._index, :, :, :used] = state[name].to(self.device)
         for row, position in zip(self._active, positions, strict=True):
             self._memory.positions[row] = position
 
     @classmethod
     def from_state_dict(
-        cls, state: Mapping[str, Tensor], device: torch.device | str | None = None
+        cls,
+        state: Mapping[str, Tensor],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> StreamingCache:
         """Rebuild a cache from :meth:`state_dict`, on ``device`` if given.
+
+        ``dtype`` is that of the model, where keys and values are kept in another.
 
         Raises:
             ValueError: not such a state, or a damaged one.
@@ -360,9 +429,11 @@ class StreamingCache:
         saved = state["keys_values"]
         layers, _, batch, patches, heads, _, width = saved.shape
         window, segment = (None if bound < 0 else bound for bound in state["bounds"].tolist())
+        dtype = dtype or state.get("scales", saved).dtype
         cache = cls(
             layers, batch, patches, heads, width,
-            window=window, segment=segment, dtype=saved.dtype, device=device or saved.device,
+            window=window, segment=segment, dtype=dtype, device=device or saved.device,
+            kept_as=None if saved.dtype == dtype else saved.dtype,
         )  # fmt: skip
         cache.load_state_dict(state)
         return cache
@@ -374,6 +445,13 @@ def _empty_store(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
         return torch.zeros(shape, dtype=dtype, device=device)
 
 
+def _grown(store: Tensor, capacity: int) -> Tensor:
+    shape = (*store.shape[:5], capacity, store.shape[6])
+    grown = _empty_store(shape, store.dtype, store.device)
+    grown[..., : store.shape[5], :] = store
+    return grown
+
+
 def frames_in_ring(seen: Tensor, capacity: int) -> Tensor:
     """Frame in each slot after ``seen`` ``(B,)`` frames: ``(B, capacity)``, negative if empty."""
     last = seen[:, None] - 1  # (B, 1)
@@ -382,6 +460,8 @@ def frames_in_ring(seen: Tensor, capacity: int) -> Tensor:
 
 def _check_state(state: Mapping[str, Tensor]) -> None:
     expected = {"keys_values", "positions", "bounds"}
+    if "keys_values" in state and state["keys_values"].dtype == torch.int8:
+        expected.add("scales")
     if set(state) != expected:
         raise ValueError(
             f"not the state of a StreamingCache: it holds {sorted(state)}, expected "

@@ -378,7 +378,7 @@ class StreamformerEncoder(VideoEncoder):
         model: the encoder's model.
         name: what messages call it.
         fused: fold a copy (:func:`fuse`).
-        still: see :func:`build_encoder`, as for ``int8``, which folds a copy too.
+        still: see :func:`build_encoder`, as for ``int8``, which folds a copy too, and ``memory``.
     """
 
     kind = "streamformer"
@@ -391,10 +391,12 @@ class StreamformerEncoder(VideoEncoder):
         *,
         still: float | None = None,
         int8: bool = False,
+        memory: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if still is not None:
-            check_still(model.config, still)
+            check_still(model.config, still, memory)
+        self.memory = memory
         self.name, self.fused, self.still, self.int8 = name, fused or int8, still, int8
         self.weights_digest = weights_digest(model)  # before folding, whose rounding may differ
         if int8:
@@ -408,7 +410,8 @@ class StreamformerEncoder(VideoEncoder):
     def settings(self) -> dict[str, Any]:
         """See :meth:`VideoEncoder.settings`."""
         config = self.config
-        options = {"still": self.still, "int8": self.int8 or None}
+        memory = None if self.memory is None else str(self.memory).removeprefix("torch.")
+        options = {"still": self.still, "int8": self.int8 or None, "memory": memory}
         return {
             "kind": self.kind,
             "weights": self.weights_digest,
@@ -424,7 +427,7 @@ class StreamformerEncoder(VideoEncoder):
 
     def _new_memory(self, batch_size: int, height: int, width: int) -> StreamingCache | StillMemory:
         grid = (height // self.patch_size, width // self.patch_size)
-        cache = self.model.new_cache(batch_size, grid)
+        cache = self.model.new_cache(batch_size, grid, kept_as=self.memory)
         return cache if self.still is None else StillMemory(self.model, cache, self.still)
 
     def _features(
@@ -508,6 +511,7 @@ def build_encoder(
     temporal_positions: str | None = None,
     still: float | None = None,
     int8: bool = False,
+    memory: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> VideoEncoder:
@@ -523,6 +527,8 @@ def build_encoder(
             counts as none, 0 for the exact path's numbers; None computes everything. See
             `backbone/still.py`.
         int8: linears in int8, faster on CPUs and not exact; see `backbone/quantization.py`.
+        memory: type in which a stream keeps keys and values, ``torch.bfloat16`` or ``torch.int8``,
+            for a half or a quarter of the bytes; not exact. None for ``dtype``.
         device: where it runs.
         dtype: type it computes in.
 
@@ -537,7 +543,7 @@ def build_encoder(
             "streamformer:<folder or hub id>"
         )
     builder = _BUILDERS.get(kind) or _third_party(kind)
-    options = {"still": still, "int8": int8 or None}
+    options = {"still": still, "int8": int8 or None, "memory": memory}
     options = {name: value for name, value in options.items() if value is not None}
     unknown = options.keys() - inspect.signature(builder).parameters
     if unknown:
@@ -572,6 +578,7 @@ def _build_streamformer(
     temporal_positions: str | None,
     still: float | None = None,
     int8: bool = False,
+    memory: torch.dtype | None = None,
 ) -> StreamformerEncoder:
     fields = {"window": window, "temporal_positions": temporal_positions}
     asked = {name: value for name, value in fields.items() if value is not None}
@@ -583,7 +590,7 @@ def _build_streamformer(
             'For a longer memory train with temporal_positions="cycle", and ask for it',
             window, config.num_frames,
         )  # fmt: skip
-    return StreamformerEncoder(model, still=still, int8=int8)
+    return StreamformerEncoder(model, still=still, int8=int8, memory=memory)
 
 
 register_encoder("siglip", _build_siglip)

@@ -212,16 +212,39 @@ class TemporalAttention(Attention):
 
     def forward(self, tokens: Tensor, plan: TimePlan, layer: int) -> Tensor:
         """Attend through time, ``(B, T, N, D)`` to ``(B, T, N, D)``."""
-        batch, _, patches, _ = tokens.shape
         qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim))
         qkv = qkv.permute(3, 0, 2, 4, 1, 5)  # (3, B, N, A, T, d)
         query, keys_values = qkv[0], qkv[1:]
-        if plan.cache is not None:
-            keys_values = plan.cache.extend(layer, plan.step, keys_values)  # (2, B, N, A, S, d)
-        query, (key, value) = query.flatten(0, 1), keys_values.flatten(1, 2)  # (B*N, A, ., d)
-        mixed = self.attend(query, key, value, plan.mask, plan.is_causal)  # (B*N, A, T, d)
-        mixed = mixed.transpose(1, 2).flatten(2).unflatten(0, (batch, patches))  # (B, N, T, D)
+        if plan.step is not None and plan.step.blocks is not None:
+            mixed = self.mix_blocks(query, keys_values, plan, layer)
+        else:
+            if plan.cache is not None:
+                keys_values = plan.cache.extend(layer, plan.step, keys_values)
+            mixed = self.mix(query, keys_values, plan.mask, plan.is_causal)
         return self.dropout(self.out(mixed.transpose(1, 2)))
+
+    def mix(
+        self, query: Tensor, keys_values: Tensor, mask: Tensor | None, is_causal: bool = False
+    ) -> Tensor:
+        """Queries ``(B, N, A, T, d)`` and keys and values ``(2, B, N, A, S, d)`` to tokens.
+
+        Returns:
+            ``(B, N, T, D)``.
+        """
+        batch, patches = query.shape[:2]
+        query, (key, value) = query.flatten(0, 1), keys_values.flatten(1, 2)  # (B*N, A, ., d)
+        mixed = self.attend(query, key, value, mask, is_causal)  # (B*N, A, T, d)
+        return mixed.transpose(1, 2).flatten(2).unflatten(0, (batch, patches))
+
+    def mix_blocks(self, query: Tensor, keys_values: Tensor, plan: TimePlan, layer: int) -> Tensor:
+        """The same, some patches at a time: their memory is unfolded when they are reached."""
+        mixed, mask = [], plan.mask
+        for patches in plan.step.blocks:
+            seen = plan.cache.extend(layer, plan.step, keys_values[:, :, patches], patches)
+            if mask is not None and mask.shape[0] > 1:  # one for each row and patch
+                mask = plan.mask.unflatten(0, query.shape[:2])[:, patches].flatten(0, 1)
+            mixed.append(self.mix(query[:, patches], seen, mask))
+        return torch.cat(mixed, dim=1)
 
 
 # -- layers ---------------------------------------------------------------------------------------
@@ -561,9 +584,16 @@ class StreamformerModel(StreamformerPreTrainedModel):
         return layers, self.config.num_attention_heads, self.config.head_dim
 
     def new_cache(
-        self, batch_size: int, grid: tuple[int, int], device: torch.device | None = None
+        self,
+        batch_size: int,
+        grid: tuple[int, int],
+        device: torch.device | None = None,
+        kept_as: torch.dtype | None = None,
     ) -> StreamingCache:
-        """Empty memory for ``batch_size`` streams of frames of ``grid`` = (h, w) patches."""
+        """Empty memory for ``batch_size`` streams of frames of ``grid`` = (h, w) patches.
+
+        ``kept_as`` as for :class:`StreamingCache`.
+        """
         num_layers, num_heads, head_dim = self._remembered
         return StreamingCache(
             num_layers=num_layers,
@@ -575,6 +605,7 @@ class StreamformerModel(StreamformerPreTrainedModel):
             segment=self.segment,
             dtype=self.dtype,
             device=self.device if device is None else device,
+            kept_as=kept_as,
         )
 
     # -- edge -------------------------------------------------------------------------------------

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from .fusion import FoldedLinear, fuse, replace_linears
 from .modeling import StreamformerModel
-
-_LARGEST = 127  # of an int8, symmetric
-_SMALLEST = 1e-12  # of a scale: a token of zeros stays one
+from .rounding import to_int8
 
 
 class Int8Linear(nn.Module):
@@ -35,7 +33,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: FoldedLinear) -> None:
         super().__init__()
-        weight, scale = _rounded(linear.weight.detach().float())
+        weight, scale = to_int8(linear.weight.detach().float())
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale[:, 0].to(linear.weight.dtype))
         bias = torch.zeros_like(self.scale) if linear.bias is None else linear.bias.detach()
@@ -44,16 +42,10 @@ class Int8Linear(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Transform tokens ``(…, in)`` to ``(…, out)``."""
-        rounded, scale = _rounded(tokens.flatten(0, -2))  # (rows, in), (rows, 1)
+        rounded, scale = to_int8(tokens.flatten(0, -2))  # (rows, in), (rows, 1)
         products = torch._int_mm(rounded, self.weight.t())  # (rows, out) int32
         output = torch.addcmul(self.bias, products.to(scale.dtype).mul_(scale), self.scale)
         return self.activation(output.unflatten(0, tokens.shape[:-1]))
-
-
-def _rounded(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Values ``(rows, columns)`` in int8, and the size of each row's step ``(rows, 1)``."""
-    scale = values.abs().amax(dim=-1, keepdim=True).div_(_LARGEST).clamp_(min=_SMALLEST)
-    return (values / scale).round_().to(torch.int8), scale
 
 
 @torch.no_grad()

@@ -45,13 +45,15 @@ class _Scene:
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
-def check_still(config: StreamformerConfig, threshold: float) -> None:
+def check_still(config: StreamformerConfig, threshold: float, memory: torch.dtype | None) -> None:
     """Refuse what cannot be had.
 
     Raises:
         ValueError: a threshold below 0, or a model whose frames never repeat: another policy than
-            ``reset``, or a window that ends inside its segments.
+            ``reset``, or a window that ends inside its segments; or a ``memory`` that rounds.
     """
+    if memory is not None:
+        raise ValueError(f"still={threshold} gives what was; memory={memory} rounds it: choose one")
     if not threshold >= 0:
         raise ValueError(f"still={threshold}: a change that counts as none is 0 or more")
     if config.temporal_positions != "reset" or config.span != config.num_frames:

@@ -6,6 +6,7 @@ Before any timing, folded and plain model must agree.
 
     python benchmarks/streaming_step.py --threads 2 --window 16 --repeats 40
     python benchmarks/streaming_step.py --streams 8 --repeats 10    # also against a single stream
+    python benchmarks/streaming_step.py --window 64 --memory int8   # keys and values in int8
 
 The last line of stdout is one JSON document.
 """
@@ -39,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--window", type=int, default=16, help="frames in memory (16)")
     parser.add_argument("--streams", type=int, default=1, help="streams in one batch (1)")
+    parser.add_argument("--memory", choices=("bfloat16", "int8"), help="default: as the model")
     parser.add_argument("--repeats", type=int, default=40, help="pairs that are timed (40)")
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch (2)")
     options = parser.parse_args()
@@ -55,8 +57,8 @@ def main() -> None:
 
     def step(streams: int) -> tuple[Tensor, StreamingCache]:
         """A frame for each stream, and memory that is full."""
-        cache = fused.new_cache(streams, (fused.embeddings.grid,) * 2)
-        cache.keys_values.normal_()
+        kept_as = options.memory and getattr(torch, options.memory)
+        cache = fused.new_cache(streams, (fused.embeddings.grid,) * 2, kept_as=kept_as)
         cache.advance(options.window)
         return torch.randn(streams, 1, 3, 224, 224), cache
 
