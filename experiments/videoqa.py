@@ -543,7 +543,7 @@ def measure_live(model: Any, frames: int) -> dict[str, float]:
     return {
         "frames per second": 1 / statistics.median(seconds),
         "ms to the first token": 1000 * statistics.median(waits),
-        "memory of the session, MB": session.memory_bytes / 1e6,
+        "memory of the session, kB": session.memory_bytes / 1e3,
     }
 
 

@@ -3,7 +3,8 @@
     FOLDER/qa-<key>/world.json              parameters, counts, digest
     …/videos/<name>.mp4                     two actions each; in half, the second one still goes on
     …/{train,val,test}.json                 questions, see `qa_language.balance`
-    …/questions_{train,val}.json            for training: LLaVA JSON, a conversation a video
+    …/questions_<form>_{train,val}.json     for training: LLaVA JSON, a conversation a video, in
+                                            each form of `qa_language.prompt`
     …/captions_{train,val}.json             LLaVA JSON, several captions a video
     …/lmms/                                 tasks of lmms-eval that read test.json and val.json
 
@@ -40,7 +41,7 @@ from .writers import write_json, write_video
 
 logger = logging.getLogger(__name__)
 
-QA_VERSION = 1  # raise it whenever videos or questions change in any way
+QA_VERSION = 2  # raise it whenever videos or questions change in any way
 SPLITS = ("train", "val", "test")
 TASKS = Path(__file__).parent / "qa_task"
 TASK_FILES = "*_qa*", "utils.py"
@@ -53,13 +54,12 @@ IMAGE_TOKEN = "<image>"  # where LLaVA JSON puts the video
 
 @dataclass(frozen=True)
 class QaParams:
-    """How many videos, and in which form their questions are put in training.
+    """How many videos.
 
     Attributes:
         seed: of everything.
         train, val, test: videos of each split.
         frames: of each video; two actions must fit.
-        form: of questions in training, see `qa_language.prompt`; the task asks in all forms.
 
     Raises ValueError for an impossible value.
     """
@@ -69,17 +69,12 @@ class QaParams:
     val: int = 200
     test: int = 300
     frames: int = 16
-    form: str = "word"
 
     def __post_init__(self) -> None:
         negative = [name for name in SPLITS if getattr(self, name) < 0]
         if negative:
             raise ValueError(
                 f"QaParams.{negative[0]}={getattr(self, negative[0])} must not be negative"
-            )
-        if self.form not in FORMS:
-            raise ValueError(
-                f"QaParams.form={self.form!r} is unknown; choose one of {', '.join(FORMS)}"
             )
 
 
@@ -152,7 +147,9 @@ def _render(root: Path, params: QaParams, world: WorldParams, workers: int) -> N
         }
         if split == "test":
             continue
-        write_json(root / f"questions_{split}.json", converse(rng, questions, params.form))
+        for form in FORMS:
+            rng = Random(seed_of(params.seed, "qa", "converse", split, form))
+            write_json(root / f"questions_{form}_{split}.json", converse(rng, questions, form))
         told = [
             talk(f"{record['video']}/{number}", record["video"], [("", caption)])
             for record in here
@@ -302,7 +299,7 @@ def caption_stills(world: Path, split: str) -> list[dict]:
 def all_texts(folder: Path) -> list[str]:
     """Every text of training in a folder of questions: what a tokenizer must know."""
     texts = []
-    for name in ("captions_train", "questions_train"):
+    for name in ("captions_train", *(f"questions_{form}_train" for form in FORMS)):
         for record in json.loads((folder / f"{name}.json").read_text(encoding="utf-8")):
             texts += [turn["value"].removeprefix(IMAGE_TOKEN) for turn in record["conversations"]]
     return texts

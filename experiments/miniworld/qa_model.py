@@ -69,6 +69,7 @@ def llm_config(tokenizer: PreTrainedTokenizerFast, size: MiniLlm) -> Qwen2Config
         num_attention_heads=size.heads,
         num_key_value_heads=size.heads,
         max_position_embeddings=size.positions,
+        initializer_range=size.width**-0.5,  # the usual 0.02 all but silences so narrow a model
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -35,6 +35,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import (
+    PrinterCallback,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -308,6 +310,10 @@ class StageTrainer(Trainer):
         self.lost: dict[str, str] = {}
         self.limit = limit
         super().__init__(**arguments)
+        for own in (PrinterCallback, ProgressCallback):  # they write to stdout
+            self.remove_callback(own)
+        if not self.args.disable_tqdm:
+            self.add_callback(_Bar())
         self.add_callback(_KeepLost(self))
 
     def compute_loss(
@@ -351,6 +357,16 @@ class StageTrainer(Trainer):
             self.accelerator.unwrap_model(self.model).tokenizer.save_pretrained(folder)
 
 
+class _Bar(ProgressCallback):
+    """transformers' progress bar, with the loss in it instead of in lines on stdout."""
+
+    def on_log(
+        self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **_: Any
+    ) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}", refresh=False)
+
+
 class _KeepLost(TrainerCallback):
     """Writes what could not be read beside each checkpoint."""
 
@@ -378,7 +394,6 @@ def _arguments(
         "save_steps": 500,
         "save_total_limit": 1,
         "report_to": "none",
-        "disable_tqdm": None,
     }
     unknown = sorted(extra.keys() - known)
     if unknown:

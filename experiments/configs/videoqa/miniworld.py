@@ -26,19 +26,20 @@ _video = {
     "bf16": False,
     "gradient_checkpointing": False,
     "store_features": True,
-    "batch_size": 32,
-    "per_device": 32,
+    "batch_size": 8,
+    "per_device": 8,
     "lr": 2e-3,
 }
 
+_captions = [{"json": "{root}/captions_train.json"}]
+_open = [{"json": "{root}/questions_open_train.json"}]  # without the answers to choose from
+_questions = [{"json": "{root}/questions_word_train.json"}]
+
 stages = {
-    "align": {**_video, "data": [{"json": "{root}/captions_train.json"}], "template": "plain",
-              "updates": 200},
-    "captions": {**_video, "data": [{"json": "{root}/captions_train.json"}], "template": "brief",
-                 "updates": 300},
-    "questions": {**_video, "data": [{"json": "{root}/questions_train.json"}], "template": "brief",
-                  "updates": 800},
-}  # fmt: skip
+    "align": {**_video, "data": _captions, "template": "plain", "questions": 5, "updates": 200},
+    "answers": {**_video, "data": _open, "template": "brief", "updates": 600},
+    "questions": {**_video, "data": _questions, "template": "brief", "updates": 600},
+}
 
 train = {"threads": 1}  # tensors so small that a second thread costs more than it gives
 
