@@ -41,6 +41,14 @@ def test_commands_parse(words):
     parser.parse_args(rest)
 
 
+def test_every_page_and_every_verb_can_be_found():
+    front, *pages = PAGES
+    linked = re.findall(r"\]\(([^)#]+)", front.read_text())
+    assert [page.name for page in pages if f"docs/{page.name}" not in linked] == []
+    shown = {param.values[0][0] for param in commands()}
+    assert set(VERBS) - shown == set()
+
+
 def modules():
     """Every module that a page runs by ``python -m``, with the options that stand behind it."""
     for page in PAGES:
