@@ -23,8 +23,10 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.initialization import no_init_weights
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
 from backbone import CheckpointError, StreamformerModel, VideoEncoder
@@ -86,6 +88,8 @@ LLAVA_OWN = (
     "mm_", "image_", "tokenizer_", "use_mm_", "add_faster", "faster_", "add_time", "force_sample",
     "streaming_mode", "context_length", "model_type", "architectures", "unfreeze_mm", "tune_mm",
 )  # fmt: skip
+
+PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # of no family
 
 TOWER_CONFIG = "vision_tower_config.json"  # architecture of the tower inside, where a file says it
 
@@ -411,7 +415,13 @@ def _read_config(path: str | Path, hub: Mapping[str, Any]) -> dict[str, Any]:
 def _load_tokenizer(
     path: str | Path, text_config: PretrainedConfig, hub: Mapping[str, Any]
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer, told which LLM it is for: the file's own model type may say nothing."""
+    """The tokenizer, told which LLM it is for: the file's own model type may say nothing.
+
+    One that was saved as no family's own stays what its file says: transformers would cut words as
+    the LLM's family does.
+    """
+    if get_tokenizer_config(path, **hub).get("tokenizer_class") in PLAIN_TOKENIZERS:
+        return PreTrainedTokenizerFast.from_pretrained(path, **hub)
     return AutoTokenizer.from_pretrained(path, config=text_config, **hub)
 
 

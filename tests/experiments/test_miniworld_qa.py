@@ -412,7 +412,11 @@ def test_captions_and_questions_train_a_model(folder, mini, tmp_path):
         trainer = {"use_cpu": True, "disable_tqdm": True}
         losses += [run_stage(mini, stage, sources, tmp_path / name, trainer=trainer)["loss"]]
     assert losses[1] < losses[0]
-    model, _ = load_model(tmp_path / "questions_word_train")
+    model, tokenizer = load_model(tmp_path / "questions_word_train")
+    text = "USER: Which way? Choose: top left; red. ASSISTANT: top left</s>"
+    ids = tokenizer(text).input_ids
+    assert ids == mini.tokenizer(text).input_ids, "a loaded tokenizer is the one that was trained"
+    assert tokenizer.decode(ids[-3:], skip_special_tokens=True) == "top left"
     record = read(folder, "test")[0]
     (said,) = model.answer([prompt(record)], [str(folder / record["video"])], max_new_tokens=4)
     assert isinstance(said, str)
