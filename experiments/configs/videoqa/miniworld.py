@@ -35,10 +35,12 @@ _captions = [{"json": "{root}/captions_train.json"}]
 _open = [{"json": "{root}/questions_open_train.json"}]  # without the answers to choose from
 _questions = [{"json": "{root}/questions_word_train.json"}]
 
+_going_on = {**_video, "schedule": "constant_with_warmup"}  # the rate falls at the end alone
+
 stages = {
-    "align": {**_video, "data": _captions, "template": "plain", "questions": 5, "updates": 200},
-    "answers": {**_video, "data": _open, "template": "brief", "updates": 600},
-    "questions": {**_video, "data": _questions, "template": "brief", "updates": 600},
+    "align": {**_going_on, "data": _captions, "template": "plain", "questions": 5, "updates": 100},
+    "answers": {**_going_on, "data": _open, "template": "brief", "updates": 500},
+    "questions": {**_video, "data": _questions, "template": "brief", "updates": 1000},
 }
 
 train = {"threads": 1}  # tensors so small that a second thread costs more than it gives
