@@ -423,11 +423,10 @@ def run_one(
 def _as_run(where: Path, stages: Iterable[str]) -> dict[str, Any]:
     """What the stages wrote down about themselves, with the tower in one place."""
     from backbone.files import read_json
-    from integrations.videoqa.train import RESOLVED as OF_STAGE
 
     written: dict[str, Any] = {}
     for name in stages:
-        written[name] = read_json(where / name / OF_STAGE)
+        written[name] = read_json(where / name / RESOLVED)
         written[ENCODER] = written[name].pop("tower")
     return written
 
