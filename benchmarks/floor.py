@@ -7,15 +7,21 @@ between a pass and its floor is ours to answer for: norms, activations, residual
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from backbone import StreamformerConfig, StreamformerModel
+from backbone import StreamformerConfig, StreamformerModel, VideoEncoder
+from backbone.fusion import FoldedLinear
+from backbone.modeling import Attention
+from backbone.video import open_video, preprocess
 
 
 def base_model(window: int | None = None, **fields: object) -> StreamformerModel:
@@ -31,8 +37,25 @@ def base_model(window: int | None = None, **fields: object) -> StreamformerModel
     return model
 
 
+def read_clip(video: Path | None, count: int, encoder: VideoEncoder, fps: float = 8) -> Tensor:
+    """``count`` frames of a video, or fewer, as the encoder takes them, or noise.
+
+    Returns:
+        ``(1, T, 3, H, W)``.
+    """
+    if video is None:
+        return torch.randn(1, count, 3, encoder.image_size, encoder.image_size)
+    with open_video(video, fps=fps) as reader:
+        images = np.stack([frame.image for frame in itertools.islice(reader, count)])
+    return preprocess(images, encoder.image_size, encoder.image_mean, encoder.image_std)[None]
+
+
 def floor(
-    model: StreamformerModel, batch: int = 1, frames: int = 1, keys: int | None = None
+    model: StreamformerModel,
+    batch: int = 1,
+    frames: int = 1,
+    keys: int | None = None,
+    own: bool = False,
 ) -> Callable[[], None]:
     """The linears and attention calls of a folded model, for ``frames`` new frames of each clip.
 
@@ -41,50 +64,59 @@ def floor(
         batch: clips or streams ``B``.
         frames: new frames ``T``.
         keys: frames ``S`` that the newest one sees; None for a whole clip, causal over ``T``.
+        own: call what the folded model calls, instead of ``F.linear`` and
+            ``F.scaled_dot_product_attention``: a lower floor where it knows faster ones.
     """
-    config = model.config
-    width, heads, depth = config.hidden_size, config.num_attention_heads, config.head_dim
+    config, head = model.config, model.head
+    width, inner_width = config.hidden_size, config.intermediate_size
     patches, pictures = model.embeddings.grid**2, batch * frames
-    tokens = torch.randn(pictures * patches, width)
-    inner = torch.randn(pictures * patches, config.intermediate_size)
-    pixels = torch.randn(pictures * patches, model.embeddings.patch_embedding.weight[0].numel())
+    rows = pictures * patches
+    calls: list[Callable[[], object]] = []
 
-    def heads_of(rows: int, length: int) -> Tensor:
-        return torch.randn(rows, heads, length, depth)
+    def linear(module: nn.Linear, tokens: Tensor) -> None:
+        folded = FoldedLinear(module)
+        weights = module.weight, module.bias
+        calls.append((lambda: folded(tokens)) if own else (lambda: F.linear(tokens, *weights)))
 
-    query = heads_of(batch * patches, frames)
-    memory = [[heads_of(batch * patches, keys or frames) for _ in range(2)] for _ in model.layers]
-    spatial = [heads_of(pictures, patches) for _ in range(3)]
-    patch = (
-        model.embeddings.patch_embedding.weight.flatten(1),
-        model.embeddings.patch_embedding.bias,
-    )
+    def attention(module: Attention, inputs: list[Tensor], causal: bool = False) -> None:
+        calls.append(
+            (lambda: module.attend(*inputs, None, causal))
+            if own
+            else (lambda: F.scaled_dot_product_attention(*inputs, is_causal=causal))
+        )
+
+    def heads(count: int, *lengths: int) -> list[Tensor]:
+        shape = config.num_attention_heads, config.head_dim
+        return [torch.randn(count, shape[0], length, shape[1]) for length in lengths]
+
+    tokens, inner = torch.randn(rows, width), torch.randn(rows, inner_width)
+    patch = model.embeddings.patch_embedding
+    pixels = torch.randn(rows, patch.weight[0].numel())
+    calls.append(lambda: F.linear(pixels, patch.weight.flatten(1), patch.bias))
+    spatial = heads(pictures, patches, patches, patches)
+    seen = keys or frames
+    for layer in model.layers:
+        for module, inputs in (
+            (layer.temporal_attention, heads(batch * patches, frames, seen, seen)),
+            (layer.spatial_attention, spatial),
+        ):
+            linear(module.qkv, tokens)
+            attention(module, inputs, causal=keys is None and module is layer.temporal_attention)
+            linear(module.out, tokens)
+        linear(layer.mlp.fc1, tokens)
+        linear(layer.mlp.fc2, inner)
+
+    by_picture = tokens.view(pictures, patches, width)
+    pooled, pooled_inner = tokens[:pictures], inner[:pictures]
+    calls.append(lambda: F.linear(by_picture, head.query).mT @ by_picture)
+    calls.append(lambda: F.linear(pooled, *head.projections()[2]))
+    linear(head.attention.out_proj, pooled)
+    linear(head.mlp.fc1, pooled)
+    linear(head.mlp.fc2, pooled_inner)
 
     def run() -> None:
-        F.linear(pixels, *patch)
-        for layer, keys_values in zip(model.layers, memory, strict=True):
-            for attention, inputs in (
-                (layer.temporal_attention, (query, *keys_values)),
-                (layer.spatial_attention, spatial),
-            ):
-                causal = attention is layer.temporal_attention and keys is None
-                F.linear(tokens, attention.qkv.weight, attention.qkv.bias)
-                F.scaled_dot_product_attention(*inputs, is_causal=causal)
-                F.linear(tokens, attention.out.weight, attention.out.bias)
-            F.linear(tokens, layer.mlp.fc1.weight, layer.mlp.fc1.bias)
-            F.linear(inner, layer.mlp.fc2.weight, layer.mlp.fc2.bias)
-        pool(model.head)
-
-    seen = tokens.view(pictures, patches, width)
-    one, one_inner = tokens[:pictures], inner[:pictures]
-
-    def pool(head: torch.nn.Module) -> None:
-        scores = F.linear(seen, head.query)  # (B*T, N, A)
-        torch.bmm(scores.transpose(1, 2), seen)
-        F.linear(one, *head.projections()[2])
-        F.linear(one, head.attention.out_proj.weight, head.attention.out_proj.bias)
-        F.linear(one, head.mlp.fc1.weight, head.mlp.fc1.bias)
-        F.linear(one_inner, head.mlp.fc2.weight, head.mlp.fc2.bias)
+        for call in calls:
+            call()
 
     return run
 
@@ -92,14 +124,18 @@ def floor(
 def take_turns(
     functions: dict[str, Callable[[], object]], repeats: int, warm_up: int = 3
 ) -> dict[str, list[float]]:
-    """Seconds of ``repeats`` calls of each; they take turns, so that a busy machine slows all."""
+    """Seconds of ``repeats`` calls of each; they take turns, so that a busy machine slows all.
+
+    With one thread it is CPU time, which a busy machine hardly blurs.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warm_up + repeats):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             function()
             if turn >= warm_up:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 

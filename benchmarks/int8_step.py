@@ -13,19 +13,15 @@ The last line of stdout is one JSON document.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import platform
 from pathlib import Path
 
-import numpy as np
 import torch
-from floor import base_model, compare, spread, table, take_turns
-from torch import Tensor
+from floor import base_model, compare, read_clip, spread, table, take_turns
 from torch.nn.functional import cosine_similarity
 
 from backbone import StreamformerEncoder, VideoEncoder, build_encoder
-from backbone.video import open_video, preprocess
 
 LEAST_SPEEDUP, LEAST_COSINE = 1.5, 0.99
 
@@ -35,17 +31,6 @@ def build(spec: str | None, window: int, int8: bool) -> VideoEncoder:
     if spec is None:
         return StreamformerEncoder(base_model(window), int8=int8)
     return build_encoder(spec, window=window, temporal_positions="cycle", int8=int8)
-
-
-def read(video: Path | None, count: int, encoder: VideoEncoder) -> Tensor:
-    """Frames ``(1, T, 3, H, W)`` of a video, at 8 per second, or noise."""
-    if video is None:
-        return torch.randn(1, count, 3, encoder.image_size, encoder.image_size)
-    with open_video(video, fps=8) as reader:
-        images = [frame.image for frame in itertools.islice(reader, count)]
-    return preprocess(np.stack(images), encoder.image_size, encoder.image_mean, encoder.image_std)[
-        None
-    ]
 
 
 @torch.inference_mode()
@@ -63,7 +48,7 @@ def main() -> None:
     encoders = {
         name: build(options.encoder, options.window, name == "int8") for name in ("fp32", "int8")
     }
-    clip = read(options.video, options.frames, encoders["fp32"])
+    clip = read_clip(options.video, options.frames, encoders["fp32"])
     streams = {name: encoder.stream() for name, encoder in encoders.items()}
     made = {
         name: [stream.push(frame) for frame in clip.unbind(1)] for name, stream in streams.items()

@@ -1,7 +1,8 @@
 """What a streaming step costs beyond its arithmetic, and what a batch of streams saves.
 
 One step of the base model (ViT-B/16 at 224 pixels, fp32, folded for inference) with a full memory
-takes turns with its floor (`floor.py`); the result is the median of the ratios of neighbours.
+takes turns with its floor (`floor.py`), in PyTorch's calls and in those that the model makes; the
+result is the median of the ratios of neighbours.
 Before any timing, folded and plain model must agree.
 
     python benchmarks/streaming_step.py --threads 2 --window 16 --repeats 40
@@ -66,11 +67,12 @@ def main() -> None:
     functions = {
         "step": lambda: fused(many[0], past_key_values=many[1]),
         "floor": floor(fused, options.streams, keys=options.window),
+        "floor, own calls": floor(fused, options.streams, keys=options.window, own=True),
     }
     if options.streams > 1:
         functions["one stream"] = lambda: fused(one[0], past_key_values=one[1])
     times = take_turns(functions, options.repeats)
-    ratios = {"step / floor": compare(times, "step", "floor")}
+    ratios = {f"step / {name}": compare(times, "step", name) for name in times if "floor" in name}
     if options.streams > 1:
         alone = compare(times, "step", "one stream")
         ratios["a frame / one alone"] = {k: v / options.streams for k, v in alone.items()}

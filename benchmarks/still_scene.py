@@ -1,0 +1,106 @@
+"""What skipping still patches saves on a video, and what it costs in accuracy.
+
+An encoder streams the same frames exactly and with each threshold (`backbone/still.py`), frame by
+frame. Without ``--encoder`` it is the base model (ViT-B/16 at 224 pixels) with random weights;
+without ``--video`` every frame is the same noise.
+
+    python benchmarks/still_scene.py --frames 48
+    python benchmarks/still_scene.py --video clip.mp4 --thresholds 0 0.1 0.2
+
+The last line of stdout is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+from floor import base_model, read_clip
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from backbone import StreamformerEncoder, StreamformerModel
+
+
+def stream(encoder: StreamformerEncoder, clip: Tensor) -> tuple[Tensor, float, float]:
+    """Frame embeddings ``(T, D)``, seconds (CPU time if on one thread), share of patches run."""
+    ran: list[int] = []
+    watch = encoder.model.layers[0].register_forward_hook(
+        lambda layer, inputs, output: ran.append(inputs[0].shape[2])
+    )
+    running = encoder.stream()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    begun = clock()
+    made = [running.push(frame).frame_embeddings[0] for frame in clip.unbind(1)]
+    seconds = clock() - begun
+    watch.remove()
+    patches = clip.shape[-1] * clip.shape[-2] // encoder.patch_size**2
+    return torch.cat(made), seconds, sum(ran) / (patches * clip.shape[1])
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure, print a table and one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--encoder", metavar="FOLDER", help="a StreamFormer; default: random")
+    parser.add_argument("--video", type=Path, help="default: the same noise over and over")
+    parser.add_argument("--fps", type=float, default=8, help="frames per second read (8)")
+    parser.add_argument("--frames", type=int, default=48, help="frames (48)")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch (2)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.encoder:
+        model = StreamformerModel.from_pretrained(
+            options.encoder, temporal_positions="reset", window=None
+        )
+    else:
+        model = base_model(temporal_positions="reset")
+    exact = StreamformerEncoder(model)
+    clip = read_clip(options.video, options.frames, exact, options.fps)
+    if options.video is None:
+        clip = clip[:, :1].expand_as(clip)
+    stream(exact, clip[:, :2])  # warm up
+    expected, base, _ = stream(exact, clip)
+    rows = []
+    for threshold in options.thresholds:
+        found, seconds, share = stream(StreamformerEncoder(model, still=threshold), clip)
+        cosine = cosine_similarity(found, expected, dim=-1)
+        rows.append(
+            {
+                "threshold": threshold,
+                "speedup": base / seconds,
+                "patches_run": share,
+                "difference": ((found - expected).abs().max() / expected.abs().max()).item(),
+                "cosine": {"mean": cosine.mean().item(), "least": cosine.min().item()},
+            }
+        )
+    print(f"exact: {1e3 * base / clip.shape[1]:.1f} ms a frame")
+    print(
+        f"{'threshold':>10}{'faster':>9}{'patches':>9}{'difference':>12}{'cosine':>10}{'least':>10}"
+    )
+    for row in rows:
+        print(
+            f"{row['threshold']:10.3f}{row['speedup']:8.2f}x{row['patches_run']:9.1%}"
+            f"{row['difference']:12.1e}{row['cosine']['mean']:10.5f}{row['cosine']['least']:10.5f}"
+        )
+    print(
+        json.dumps(
+            {
+                "benchmark": "still_scene",
+                "exact_seconds": base,
+                "rows": rows,
+                **{name: str(value) for name, value in vars(options).items()},
+                "torch": torch.__version__,
+                "machine": platform.machine(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
