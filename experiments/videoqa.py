@@ -76,6 +76,7 @@ EVAL = {
 }
 TRAIN = {"threads": None, "trainer": {}}  # torch threads of a run; transformers.TrainingArguments
 LMMS = "lmms"  # folder of a run
+TASKS = "lmms"  # folder of rendered questions
 LIVE = "live.json"
 LIVE_ASKED = 8  # questions on the watched frames
 MINI_ROOM = 2**30  # bytes of rendered videos, mini encoders and tokens
@@ -232,13 +233,13 @@ def preflight(
 def unknown_tasks(names: Sequence[str]) -> list[str]:
     """Tasks that neither this suite nor lmms-eval has; that it is installed at all."""
     from experiments.miniworld.qa import TASKS as MINIWORLD
-    from integrations.videoqa.lmms_plugin import TASKS
+    from integrations.videoqa.lmms_plugin import TASKS as PUBLIC
 
     if importlib.util.find_spec("lmms_eval") is None:
         return ['lmms-eval is not installed: pip install -c constraints.txt -e ".[videoqa]"']
     if not names:
         return ["eval.tasks is empty, so nothing is asked; name a task of lmms-eval"]
-    ours = {path.stem for folder in (MINIWORLD, TASKS) for path in folder.glob("*.yaml")}
+    ours = {path.stem for folder in (MINIWORLD, PUBLIC) for path in folder.glob("*.yaml")}
     foreign = [name for name in names if name not in ours]
     if not foreign:
         return []
@@ -280,13 +281,15 @@ def prepare(config: Mapping[str, Any], labels: Mapping[str, str], folder: Path) 
 
         encoders = specs_of(labels, folder, config)
     if config["data"]["root"] is not None:
-        return Source(config["data"]["dataset"], Path(config["data"]["root"]), encoders)
+        root = Path(config["data"]["root"])
+        tasks = root / TASKS if (root / TASKS).is_dir() else None
+        return Source(config["data"]["dataset"], root, encoders, tasks)
     from experiments.miniworld import WorldParams
     from experiments.miniworld.qa import QaParams, render_qa
 
     params, world = QaParams(**config["qa"]), WorldParams(**config["world"])
     root = render_qa(folder / "miniworld", params, world)
-    return Source("miniworld", root, encoders, root / "lmms")
+    return Source("miniworld", root, encoders, root / TASKS)
 
 
 # -- models ----------------------------------------------------------------------------------------
