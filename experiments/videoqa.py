@@ -201,7 +201,8 @@ def _whole_stage(name: str, stage: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"stages.{name}.data: a list of {{'json': …}} is needed")
     if base is not None and base not in STAGES:
         raise ValueError(f"stages.{name}.recipe={base!r}: choose one of {', '.join(STAGES)}")
-    return {"data": data, **asdict(StageConfig.from_dict(given, STAGES.get(base)))}
+    whole = asdict(StageConfig.from_dict(given, STAGES.get(base)))
+    return {"data": data, **whole, "trains": list(whole["trains"])}
 
 
 def preflight(
