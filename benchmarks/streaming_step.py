@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=1, help="streams in one batch (1)")
     parser.add_argument("--memory", choices=("bfloat16", "int8"), help="default: as the model")
     parser.add_argument("--repeats", type=int, default=40, help="pairs that are timed (40)")
+    parser.add_argument("--warm-up", type=int, default=3, help="pairs before these (3)")
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch (2)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -73,7 +74,7 @@ def main() -> None:
     }
     if options.streams > 1:
         functions["one stream"] = lambda: fused(one[0], past_key_values=one[1])
-    times = take_turns(functions, options.repeats)
+    times = take_turns(functions, options.repeats, options.warm_up)
     ratios = {f"step / {name}": compare(times, "step", name) for name in times if "floor" in name}
     if options.streams > 1:
         alone = compare(times, "step", "one stream")
