@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from backbone import VideoEncoder
 
-logger = logging.getLogger(__name__)
-
 ABOUT = """\
 The file holds one step: a frame of each stream, the positions of the streams and
 their memory go in; patch tokens, frame embeddings, positions and memory come out.
@@ -49,6 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     preflight.refuse(_problems(args))
     from backbone import build_encoder
 
+    logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # it tells of every tensor it merges
     try:
         encoder = build_encoder(args.encoder, window=args.window)
         push = _write(encoder, args.to, args.streams)
