@@ -106,6 +106,13 @@ def test_loss_falls(fresh, data, tmp_path):
     assert losses[1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("quiet", [True, False])
+def test_progress_and_losses_stay_off_stdout(fresh, data, tmp_path, capsys, quiet):
+    trainer = {**CPU, "disable_tqdm": quiet, "logging_steps": 1}
+    run_stage(fresh(), replace(TINY, updates=2), [data], tmp_path / "stage", trainer=trainer)
+    assert capsys.readouterr().out == ""
+
+
 def test_the_first_stage_trains_the_projector_alone(fresh, data, tmp_path):
     model = fresh()
     before = weights(model)
