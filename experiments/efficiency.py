@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     folder = args.work_dir.resolve()
     config = load_config("efficiency", args.config, args.set)
     device = choose_device(args.device)
-    preflight.refuse(_problems(config) + preflight.disk(folder, REPORT_BYTES))
+    preflight.refuse(_problems(config, device) + preflight.disk(folder, REPORT_BYTES))
 
     report = {
         "task": "efficiency",
@@ -104,9 +104,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _problems(config: Mapping[str, Any]) -> list[str]:
+def _problems(config: Mapping[str, Any], device: str) -> list[str]:
     """Values that cannot be measured."""
     measure, found = config["measure"], []
+    if device.partition(":")[0] not in PEAK:
+        found.append(f"--device {device}: this is measured on {' or '.join(PEAK)}")
     for key in ("lengths", "streams"):
         values = measure[key]
         if not values or values != sorted(set(values)) or not all(v > 0 for v in values):

@@ -299,3 +299,8 @@ def test_both_sizes_have_encoders_of_the_size_that_they_name():
     assert isinstance(built, StreamformerEncoder) and built.embed_dim == tiny["hidden_size"]
     gates = [layer.temporal_dense for layer in built.model.layers]
     assert gates == [None] * tiny["num_hidden_layers"]  # folded
+
+
+def test_a_device_whose_memory_cannot_be_told_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--device mps: this is measured on cuda or cpu"):
+        ask("--work-dir", tmp_path, "--device", "mps")
