@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .lora import merge_lora
 from .modeling import StreamformerLayer, StreamformerModel
 
+_LEAST_WORK = 2**25  # multiplications from which on oneDNN's overhead is paid back
 _POST_OPS = {"gelu": ("gelu", "none"), "gelu_pytorch_tanh": ("gelu", "tanh")}  # oneDNN's names
 
 
@@ -29,8 +30,8 @@ class FoldedLinear(nn.Linear):
     """A linear for inference, with the activation behind it.
 
     On a CPU in fp32 oneDNN runs both in one pass, which is what PyTorch's own compiler emits there
-    (measured in docs/performance.md); everywhere else, and for compilers and exporters, these are
-    the plain operations. Gradients reach the input as ever.
+    (measured in docs/performance.md); everywhere else, for small models, compilers and exporters,
+    these are the plain operations. Gradients reach the input as ever.
 
     Args:
         linear: whose weight and bias these are, shared.
@@ -48,7 +49,8 @@ class FoldedLinear(nn.Linear):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Transform tokens ``(…, D)``."""
-        if self._post_op is None or not _is_plain_inference(tokens):
+        small = tokens.numel() * self.out_features < _LEAST_WORK
+        if self._post_op is None or small or not _is_plain_inference(tokens):
             return self.activation(F.linear(tokens, self.weight, self.bias))
         post_op, form = self._post_op
         return torch.ops.mkldnn._linear_pointwise(tokens, self.weight, self.bias, post_op, [], form)

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 
-from backbone import fuse
+from backbone import fuse, fusion
 from backbone.lora import RANK, add_lora, lora_config, merge_lora
 
 CLIP = (2, 9, 3, 16, 16)
@@ -120,10 +120,21 @@ def test_merge_refuses_what_is_not_finite(make_model):
 # -- fusion ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["plain", "onednn"])
+def _kernels(request, monkeypatch):
+    """Models of this size would never meet oneDNN."""
+    if request.param == "onednn":
+        if not torch.backends.mkldnn.is_available():
+            pytest.skip("this PyTorch has no oneDNN")
+        monkeypatch.setattr(fusion, "_LEAST_WORK", 0)
+
+
 @pytest.mark.parametrize("fields", [
     {"lora_rank": 4}, {"window": 3}, {"temporal_attention": False, "lora_rank": 4},
-    {"causal": False}, {"qkv_bias": False, "lora_rank": 4},
+    {"causal": False}, {"qkv_bias": False, "lora_rank": 4}, {"hidden_act": "gelu"},
+    {"hidden_act": "relu"},
 ])  # fmt: skip
+@pytest.mark.usefixtures("_kernels")
 def test_fused_gives_the_same_numbers(make_model, difference, fields):
     model = make_model(**fields)
     fused, clip = fuse(model.train()), torch.randn(CLIP)
@@ -133,6 +144,30 @@ def test_fused_gives_the_same_numbers(make_model, difference, fields):
     assert all(map(torch.equal, outputs(again, clip), outputs(fused, clip)))
 
 
+@pytest.mark.usefixtures("_kernels")
+def test_fused_lets_gradients_and_autocast_through(make_model, difference):
+    model, clip = make_model(), torch.randn(CLIP, requires_grad=True)
+    fused = fuse(model)
+    wanted, found = (torch.autograd.grad(m(clip).pooler_output.sum(), clip)[0]
+                     for m in (model, fused))  # fmt: skip
+    assert difference(found, wanted) < 1e-5
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert difference(fused(clip).pooler_output.float(), outputs(model, clip)[1]) < 0.1
+
+
+def test_large_products_go_to_onednn(difference):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    linear, tokens = torch.nn.Linear(256, 1024).requires_grad_(False), torch.randn(1, 130, 256)
+    folded = fusion.FoldedLinear(linear, torch.nn.GELU("tanh"), "gelu_pytorch_tanh")
+    with torch.profiler.profile() as profile:
+        found = folded(tokens)
+    assert "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
+    expected = torch.nn.functional.gelu(linear(tokens), approximate="tanh")
+    assert difference(found, expected) < 1e-5
+
+
+@pytest.mark.usefixtures("_kernels")
 def test_fused_streams(make_model, difference):
     model = make_model(window=3, lora_rank=4)
     fused, clip, memory, found = fuse(model), torch.randn(CLIP), None, []
