@@ -54,7 +54,7 @@ def test_patterns_name_all_files_of_a_stage(tmp_path):
         ("stages.questions.updatess=3", "no field 'updatess'; did you mean 'updates'"),
         ("stages.questions.data=[]", "stages.questions.data: a list of"),
         ("stages.questions.recipe=vdeo", "recipe='vdeo': choose one of align, image, video"),
-        ("stages.questions.per_device=3", "batch_size=32 does not divide by per_device=3"),
+        ("stages.questions.per_device=7", r"batch_size=\d+ does not divide by per_device=7"),
         ("qa.test=-1", "QaParams.test=-1 must not be negative"),
         ("mini_llm.withd=3", "did you mean 'mini_llm.width'"),
     ],
