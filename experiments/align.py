@@ -16,6 +16,7 @@ import numpy as np
 
 from experiments import preflight
 from experiments.config import UserError
+from experiments.report import say
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with replacing(out / "alignment.png") as temporary:
         title = f"{Path(args.video).name} against {len(args.texts)} texts, {encoder.kind}"
         draw(temporary, title, times, shown, found)
-    print(f"{table(times, found)}\n{out / 'alignment.json'}, .png")  # noqa: T201 (the result)
+    say(f"{table(times, found)}\n{out / 'alignment.json'}, .png")
     return result
 
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from experiments import preflight, recipe
 from experiments.config import UserError
+from experiments.report import aligned, say
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "findings": [vars(finding) for finding in found],
     }
     write_json(folder / FILE, result)
-    print(f"{to_text(result)}\n{folder / FILE}")  # noqa: T201 (the result)
+    say(f"{to_text(result)}\n{folder / FILE}")
     if found:
         raise SystemExit(1)
     return result
@@ -352,8 +353,6 @@ def summary(part: Part, found: Sequence[Finding]) -> dict[str, int]:
 
 def to_text(result: Mapping[str, Any]) -> str:
     """A table of counts, and the first findings of each kind."""
-    from experiments.report import aligned
-
     header = ["part", "entries", "videos", *KINDS]
     rows = [
         [name, *(str(counts[key]) for key in header[1:])]

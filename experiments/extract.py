@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments import preflight
 from experiments.config import UserError
+from experiments.report import say
 
 logger = logging.getLogger(__name__)
 
@@ -73,5 +74,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(str(error)) from error
     result = {"done": report.done, "reused": report.reused, "failed": report.failed}
     counts = ", ".join(f"{len(names)} {what}" for what, names in result.items())
-    print(f"{args.out}: {counts}")  # noqa: T201 (the verb's result)
+    say(f"{args.out}: {counts}")
     return result

@@ -24,7 +24,7 @@ from typing import Any
 
 from experiments import preflight, recipe, zero_shot
 from experiments.config import UserError
-from experiments.report import FAINT, INK, colours_of, picture, publish
+from experiments.report import FAINT, INK, colours_of, picture, publish, say
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     if recipe.rank():
         return None
     if not any(task.get("val") for task in config["tasks"].values()):
-        print(settings.output)  # noqa: T201 (the result: nothing can be measured)
+        say(str(settings.output))  # nothing can be measured
         return None
 
     report = report_on(config, source, args, folder, time.perf_counter() - start)

@@ -134,7 +134,7 @@ def publish(
 
 def say(result: str) -> None:
     """Print what a verb was asked for, as it comes: to stdout, where nothing else goes."""
-    print(result, flush=True)  # noqa: T201
+    print(result, flush=True)  # noqa: T201 (results go here)
 
 
 def write_report(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,11 @@ from integrations.videoqa.configuration import TOWER_PRESETS, tower_preset
 from integrations.videoqa.frames import preprocess
 from integrations.videoqa.tower import SAVED_KINDS, VisionTower, load_tower_model
 
-try:
-    import llava  # noqa: F401 (only whether it is there)
-except ImportError as error:
+if find_spec("llava") is None:
     raise ImportError(
         "llava_tower needs the llava package, which is not on PyPI; install LLaVA-NeXT, or use "
         "integrations.videoqa.checkpoints.load_model, which does without"
-    ) from error
+    )
 
 BUILDER = "llava.model.multimodal_encoder.builder"
 USERS = ("llava.model.llava_arch",)  # modules that imported the builder's function by name
