@@ -14,9 +14,18 @@ from experiments.config import UserError, packaged_configs
 LOCAL = ("siglip:{0}", "streamformer:{0}")
 
 
+def room(monkeypatch, disk, memory):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
+    monkeypatch.setattr(preflight, "available_memory", lambda: memory)
+
+
 @pytest.fixture
-def thumos(tmp_path):
-    """A data root of four videos in THUMOS' layout, and a folder that stands for weights."""
+def thumos(tmp_path, monkeypatch):
+    """A data root of four videos in THUMOS' layout, and a folder that stands for weights.
+
+    The room that THUMOS' features need is there, whatever this machine has left.
+    """
+    room(monkeypatch, disk=10**12, memory=10**12)
     root = tmp_path / "thumos"
     names = ["train_a", "train_b", "test_a", "test_b"]
     info = {"class_names": ["Background", "Jump", "Ambiguous"], "ignore_index": 2, "metrics": "AP"}
@@ -132,8 +141,7 @@ def test_labels_mean_mini_encoders_on_miniworld(tmp_path):
 
 
 def test_too_little_disk_and_memory_are_refused(thumos, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
-    monkeypatch.setattr(preflight, "available_memory", lambda: 10**9)
+    room(monkeypatch, disk=10**9, memory=10**9)
     with pytest.raises(UserError) as refused:
         check(thumos, tmp_path)
     assert "work: about 7.1 GB are needed, 1.0 GB are free" in str(refused.value)
