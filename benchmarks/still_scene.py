@@ -1,11 +1,13 @@
 """What skipping still patches saves on a video, and what it costs in accuracy.
 
 An encoder streams the same frames exactly and with each threshold (`backbone/still.py`), frame by
-frame. Without ``--encoder`` it is the base model (ViT-B/16 at 224 pixels) with random weights;
-without ``--video`` every frame is the same noise.
+frame. Without ``--encoder`` it is the base model (ViT-B/16 at 224 pixels) with random weights. The
+frames are those of a video, or what miniworld's camera sees where it stands still and its shapes
+rest most of the time, or the same noise over and over.
 
     python benchmarks/still_scene.py --frames 48
     python benchmarks/still_scene.py --video clip.mp4 --thresholds 0 0.1 0.2
+    python benchmarks/still_scene.py --surveillance --frames 128 --thresholds 0 0.1 0.2
 
 The last line of stdout is one JSON document.
 """
@@ -15,15 +17,39 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import tempfile
 import time
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import torch
 from floor import base_model, read_clip
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from backbone import StreamformerEncoder, StreamformerModel
+from experiments.miniworld.actions import ACTIONS
+from experiments.miniworld.params import WorldParams
+from experiments.miniworld.scene import Camera, draw
+from experiments.miniworld.script import actions_for, deal, write_script
+from experiments.miniworld.writers import write_video
+
+
+def write_surveillance(path: Path, frames: int, size: int, seed: int = 0) -> None:
+    """A video of miniworld by a camera that stands still, before shapes that mostly rest.
+
+    Texture, sensor noise, frame rate and compression are those of any of its videos; the camera
+    neither shakes nor flickers nor cuts, and at four fifths of the time nothing moves.
+    """
+    params = WorldParams(frame_size=size, background=(0.8, 0.8), scene_frames=(10**6, 10**6))
+    rng = Random(seed)
+    (actions,) = deal(rng, list(ACTIONS), [actions_for(frames, params)])
+    (scene,) = write_script(rng, frames, actions, params, shapes=(3,)).scenes
+    camera = Camera(size, noise=params.noise)
+    pixels = np.random.default_rng(seed)
+    pictures, _ = draw(scene.items, scene.tracks, scene.background, camera, pixels)
+    write_video(path, pictures, params.fps, params.crf)
 
 
 def stream(encoder: StreamformerEncoder, clip: Tensor) -> tuple[Tensor, float, float]:
@@ -47,7 +73,9 @@ def main() -> None:
     """Measure, print a table and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--encoder", metavar="FOLDER", help="a StreamFormer; default: random")
-    parser.add_argument("--video", type=Path, help="default: the same noise over and over")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--video", type=Path, help="default: the same noise over and over")
+    source.add_argument("--surveillance", action="store_true", help="a clip of miniworld")
     parser.add_argument("--fps", type=float, default=8, help="frames per second read (8)")
     parser.add_argument("--frames", type=int, default=48, help="frames (48)")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.0])
@@ -61,8 +89,13 @@ def main() -> None:
     else:
         model = base_model(temporal_positions="reset")
     exact = StreamformerEncoder(model)
-    clip = read_clip(options.video, options.frames, exact, options.fps)
-    if options.video is None:
+    with tempfile.TemporaryDirectory() as folder:
+        video = options.video
+        if options.surveillance:
+            video = Path(folder) / "surveillance.mp4"
+            write_surveillance(video, options.frames, exact.image_size)
+        clip = read_clip(video, options.frames, exact, options.fps)
+    if video is None:
         clip = clip[:, :1].expand_as(clip)
     stream(exact, clip[:, :2])  # warm up
     expected, base, _ = stream(exact, clip)

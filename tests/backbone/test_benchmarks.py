@@ -1,5 +1,6 @@
-"""The program that measures GPUs runs without one too, and counts what a frame takes rightly."""
+"""The programs that measure run on any machine, and measure what they say."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,17 +12,25 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments):
+def run(program, *arguments):
     return subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "gpu_streams.py", *arguments],
+        [sys.executable, ROOT / "benchmarks" / program, *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
 
 
+@pytest.fixture
+def program(monkeypatch):
+    """A program of benchmarks/ as a module."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
+
+
 def test_gpu_streams_on_a_cpu():
     done = run(
+        "gpu_streams.py",
         *("--size", "tiny", "--device", "cpu", "--dtype", "float32", "--window", "8"),
         *("--streams", "1", "3", "--ways", "plain", "compiled", "--backend", "eager"),
         *("--repeats", "3"),
@@ -40,6 +49,50 @@ def test_gpu_streams_on_a_cpu():
 
 
 def test_a_cpu_captures_nothing():
-    done = run("--size", "tiny", "--device", "cpu")
+    done = run("gpu_streams.py", "--size", "tiny", "--device", "cpu")
     assert done.returncode == 2
     assert "--device cpu captures no graphs; leave 'captured' out of --ways" in done.stderr
+
+
+def test_a_step_at_several_windows():
+    done = run(
+        *("streaming_step.py", "--windows", "2", "64", "--layers", "1", "--threads", "1"),
+        *("--repeats", "2", "--warm-up", "0"),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [(row["window"], row["layers"], row["limit"]) for row in rows] == [
+        (2, 1, None), (64, 1, 1.10),
+    ]  # fmt: skip
+    assert all(row["ratios"]["step / floor"]["median"] > 0 for row in rows)
+
+
+def test_layers_whose_keys_and_values_fit(program):
+    fitting = program("streaming_step").layers_that_fit
+    layer = 3 * 1024 * 2 * 196 * 768 * 4  # bytes at window 1,024: the step's and both floors'
+    assert fitting(1024, streams=1, available=2 * layer) == 1  # a fifth is left to the rest
+    assert fitting(1024, streams=1, available=4 * layer) == 3
+    assert fitting(16, streams=1, available=4 * layer) == 12
+    assert fitting(16, streams=1, available=None) == 12
+    with pytest.raises(SystemExit, match=r"--windows 1024: .* a single layer take 8.6 GB, 3.7 GB"):
+        fitting(1024, streams=2, available=layer)
+
+
+def test_a_surveillance_clip(program, tmp_path, make_model):
+    encoder = make_model(image_size=32, patch_size=4, temporal_positions="reset")
+    encoder.save_pretrained(tmp_path / "encoder")
+    done = run(
+        *("still_scene.py", "--surveillance", "--encoder", tmp_path / "encoder"),
+        *("--frames", "96", "--thresholds", "0", "0.2", "--threads", "1"),
+    )
+    assert done.returncode == 0, done.stderr
+    exact, skipping = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert exact["difference"] < 1e-5
+    assert exact["patches_run"] == 1  # a camera's noise changes every pixel
+    assert skipping["patches_run"] < 0.8
+
+    write, files = program("still_scene").write_surveillance, []
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        write(tmp_path / f"{name}.mp4", frames=32, size=32, seed=seed)
+        files.append((tmp_path / f"{name}.mp4").read_bytes())
+    assert files[0] == files[1] != files[2]
