@@ -302,15 +302,18 @@ def build(config: Mapping[str, Any], spec: str, source: Source, device: str) -> 
 
     fields = dict(config["model"])
     llm, tokenizer = fields.pop("llm"), None
-    if llm is None:
+    fresh = llm is None
+    if fresh:
         from experiments.miniworld.qa import all_texts
-        from experiments.miniworld.qa_model import MiniLlm, build_tokenizer, llm_config
+        from experiments.miniworld.qa_model import MiniLlm, build_tokenizer, calm, llm_config
 
         size = MiniLlm(**config["mini_llm"])
         tokenizer = build_tokenizer(all_texts(source.root), size.template)
         llm = llm_config(tokenizer, size)
     device = choose_device(device)
     model, _ = build_model(llm, spec, tokenizer, None, device, **config["stream"], **fields)
+    if fresh:
+        calm(model.language_model)
     return model
 
 

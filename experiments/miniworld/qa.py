@@ -41,7 +41,7 @@ from .writers import write_json, write_video
 
 logger = logging.getLogger(__name__)
 
-QA_VERSION = 2  # raise it whenever videos or questions change in any way
+QA_VERSION = 3  # raise it whenever videos or questions change in any way
 SPLITS = ("train", "val", "test")
 TASKS = Path(__file__).parent / "qa_task"
 TASK_FILES = "*_qa*", "utils.py"

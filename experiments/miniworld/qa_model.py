@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 from integrations.videoqa.prompts import get_template
 
@@ -57,6 +58,19 @@ def build_tokenizer(texts: Iterable[str], template: str = "brief") -> PreTrained
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=PAD, unk_token=UNKNOWN, eos_token=STOP
     )
+
+
+def calm(llm: PreTrainedModel) -> None:
+    """Scale what each layer adds, so that a fresh model begins close to its words' embeddings.
+
+    By ``(2 * layers) ** -0.5``, as GPT-2 begins (Radford et al. 2019, section 2.3). Without it the
+    layers' noise is several times as large as the embeddings, in a model this narrow.
+    """
+    factor = (2 * llm.config.num_hidden_layers) ** -0.5
+    with torch.no_grad():
+        for name, weight in llm.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.mul_(factor)
 
 
 def llm_config(tokenizer: PreTrainedTokenizerFast, size: MiniLlm) -> Qwen2Config:

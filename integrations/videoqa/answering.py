@@ -196,6 +196,34 @@ class Answering:
             scores.append(Score(float(chosen), tail, bool(greedy)))
         return scores
 
+    def choose(
+        self,
+        prompts: Sequence[str | Sequence[str | None]],
+        choices: Sequence[Sequence[str]],
+        visuals: Sequence[Visual | Sequence[Visual] | None] | None = None,
+    ) -> list[str]:
+        """Of each prompt's choices the likeliest, all its tokens and the stop taken together.
+
+        The first of equals. See `answer` for prompts and visuals.
+
+        Raises:
+            ValueError: a prompt without choices.
+        """
+        if not all(choices):
+            raise ValueError(f"prompt {[*map(bool, choices)].index(False)} has no choices")
+        seen = visuals or [None] * len(prompts)
+        rows = [
+            (prompt, choice, visual)
+            for prompt, offered, visual in zip(prompts, choices, seen, strict=True)
+            for choice in offered
+        ]
+        scores = iter(self.score(*zip(*rows, strict=True)))
+        chosen = []
+        for offered in choices:
+            likelihoods = [next(scores).loglikelihood for _ in offered]
+            chosen.append(offered[likelihoods.index(max(likelihoods))])
+        return chosen
+
     def _prompts(
         self,
         prompts: Sequence[str | Sequence[str | None]],

@@ -8,6 +8,9 @@ come back in the order of the requests.
 A video that is missing or cannot be read ends the evaluation with an error that names it. It is
 never answered for. Missing files are looked for before the first question is answered.
 
+A task whose generation settings name a field of its documents as ``guided_choice`` is answered by one
+of the texts that this field lists: the one that the model holds for the likeliest.
+
 Arguments (``--model_args a=1,b=x``) are those of :class:`StreamformerLlava`; an unknown one is
 refused. Everything that changes an answer is an argument, so ``--use_cache`` keeps runs apart.
 """
@@ -50,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 STREAM_TASKS = "ovo_"  # tasks of which the name begins so are watched as streams, by default
 SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p", "typical_p")  # of generation settings
+CHOICES = "guided_choice"  # generation setting: the field of a document that lists what may be said
 MOST_TOKENS = 128  # of an answer, where the task does not say
 PORTION = 64  # requests whose images are held at once
 SHOWN = 5  # missing files that an error lists
@@ -66,6 +70,7 @@ class Ask:
         settings: of generation.
         task: whose question it is.
         where: task and document, for messages.
+        choices: what may be answered; () for anything.
     """
 
     turns: tuple[str, ...]
@@ -73,6 +78,7 @@ class Ask:
     settings: Mapping[str, Any] = field(default_factory=dict)
     task: str = ""
     where: str = ""
+    choices: tuple[str, ...] = ()
 
     @property
     def key(self) -> Hashable:
@@ -277,8 +283,9 @@ class StreamformerLlava(lmms):
     def _ask(self, request: Instance) -> Ask:
         context, settings, doc_to_visual, doc_id, task, split = request.args
         where = f"{task}, document {doc_id}"
-        visuals = _visuals(doc_to_visual, self.task_dict[task][split][doc_id], where)
-        return Ask((context,), visuals, settings, task, where)
+        doc = self.task_dict[task][split][doc_id]
+        visuals = _visuals(doc_to_visual, doc, where)
+        return Ask((context,), visuals, settings, task, where, _choices(settings, doc, where))
 
     def _round(
         self, request: Instance, number: int, said: list[str], info: Any
@@ -327,13 +334,13 @@ class StreamformerLlava(lmms):
     def _answer(self, asks: Sequence[Ask]) -> Iterator[tuple[int, str]]:
         """Place and answer of each question, as they come."""
         for batch in self._batches(asks):
-            until, generation = self._settings(batch[0][1].settings)
-            texts = self.model.answer(
-                [self._turns(ask, seen) for _, ask, seen in batch],
-                [seen.tokens or None for *_, seen in batch],
-                until=until,
-                **generation,
-            )
+            turns = [self._turns(ask, seen) for _, ask, seen in batch]
+            visuals = [seen.tokens or None for *_, seen in batch]
+            if batch[0][1].choices:
+                texts = self.model.choose(turns, [ask.choices for _, ask, _ in batch], visuals)
+            else:
+                until, generation = self._settings(batch[0][1].settings)
+                texts = self.model.answer(turns, visuals, until, **generation)
             for (place, *_), text in zip(batch, texts, strict=True):
                 yield place, text
 
@@ -406,6 +413,10 @@ class StreamformerLlava(lmms):
 
     def _watch(self, watcher: Watcher, ask: Ask) -> str:
         """Watch the video, or what of it is new, and answer."""
+        if ask.choices:
+            raise ValueError(
+                f"{ask.where}: a stream is answered freely, not by {CHOICES}; use stream=never"
+            )
         try:
             watcher.watch(ask.visuals[0])
         except VideoError as error:
@@ -427,7 +438,7 @@ class StreamformerLlava(lmms):
         until = given.get("until") or []
         known = GenerationConfig().to_dict()
         settings = {k: v for k, v in given.items() if k in known and v is not None}
-        unknown = set(given) - set(known) - {"until"} - self._ignored
+        unknown = set(given) - set(known) - {"until", CHOICES} - self._ignored
         if unknown:
             self._ignored |= unknown
             logger.warning("generation settings that do not exist here: %s", sorted(unknown))
@@ -470,7 +481,7 @@ class StreamformerLlavaChat(StreamformerLlava):
         where = f"{task}, document {doc_id}"
         doc = self.task_dict[task][split][doc_id]
         turns, visuals = _read_messages(_guarded(doc_to_messages, doc, where), where)
-        return Ask(turns, visuals, settings, task, where)
+        return Ask(turns, visuals, settings, task, where, _choices(settings, doc, where))
 
     def _round(
         self, request: Instance, number: int, said: list[str], info: Any
@@ -516,6 +527,19 @@ def _visuals(
     if doc_to_visual is None:
         return ()
     return tuple(_as_visual(item, where) for item in _guarded(doc_to_visual, doc, where) or ())
+
+
+def _choices(settings: Mapping[str, Any], doc: Any, where: str) -> tuple[str, ...]:
+    """What the task lets be answered; () for anything."""
+    name = settings.get(CHOICES)
+    if name is None:
+        return ()
+    listed = doc.get(name)
+    if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
+        raise ValueError(
+            f"{where}: {CHOICES}={name!r} must name a field that lists answers, not {listed!r}"
+        )
+    return tuple(listed)
 
 
 def _guarded(function: Callable[[Any], Any], doc: Any, where: str) -> Any:

@@ -24,8 +24,8 @@ SMALL = {
     "mini_llm.layers": 1,
     "mini_llm.mlp": 32,
     "stages.align.updates": 2,
-    "stages.answers.updates": 2,
     "stages.questions.updates": 2,
+    "stages.refine.updates": 2,
     "eval.live_frames": 16,
     "eval.baselines": {"blind": {"blind": True}},
 }
@@ -68,7 +68,7 @@ def test_the_report_is_complete(job):
     assert len(report["per_class"]["streamformer-still"]) == 9
     assert all(key.startswith("encoder.") for key in report["config_difference"])
     assert {"encoder.spec", "encoder.settings.weights"} <= set(report["config_difference"])
-    assert report["updates"] == {"align": 2, "answers": 2, "questions": 2}
+    assert report["updates"] == {"align": 2, "questions": 2, "refine": 2}
     text = (folder / "report.md").read_text()
     for heading in ("By question", "Seeing less", "Present against past", "As a stream"):
         assert f"## {heading}" in text
@@ -114,7 +114,7 @@ def test_afterwards_lmms_eval_finds_questions_and_model(job, monkeypatch):
     folder, _, _ = job
     monkeypatch.setenv(VARIABLE, str(folder))
     made = offer()
-    assert made["pretrained"] == str(folder / "streamformer-moving" / "seed0" / "questions")
+    assert made["pretrained"] == str(folder / "streamformer-moving" / "seed0" / "refine")
     assert (folder / "lmms.json").is_file()
 
 
@@ -124,7 +124,7 @@ def test_the_trained_model_talks_about_a_video(job, capsys):
     video = next(folder.glob("miniworld/qa-*/videos/qa_test_*.mp4"))
     asked = ["--ask", "1.0: What is happening now?", "--ask", "9: What happened before?"]
     result = main(["chat", str(video), "--work-dir", str(folder), *asked])
-    assert result["model"].endswith("questions") and result["frames"] == 16
+    assert result["model"].endswith("refine") and result["frames"] == 16
     assert [row["time"] for row in result["answers"]] == [1.0, 1.875]
     assert [row["encoded_frames"] for row in result["answers"]] == [0, 0]
     assert "What happened before?" in capsys.readouterr().out

@@ -28,19 +28,17 @@ _video = {
     "store_features": True,
     "batch_size": 8,
     "per_device": 8,
-    "lr": 1e-3,
+    "lr": 2e-3,
 }
 
 _captions = [{"json": "{root}/captions_train.json"}]
-_open = [{"json": "{root}/questions_open_train.json"}]  # without the answers to choose from
-_questions = [{"json": "{root}/questions_word_train.json"}]
-
-_going_on = {**_video, "schedule": "constant_with_warmup"}  # the rate falls at the end alone
+_questions = [{"json": "{root}/questions_open_train.json"}]  # the answers to choose from unsaid
+_steady = {**_video, "schedule": "constant_with_warmup"}  # the rate falls in the last stage alone
 
 stages = {
-    "align": {**_going_on, "data": _captions, "template": "plain", "questions": 5, "updates": 100},
-    "answers": {**_going_on, "data": _open, "template": "brief", "updates": 500},
-    "questions": {**_video, "data": _questions, "template": "brief", "updates": 1000},
+    "align": {**_steady, "data": _captions, "template": "plain", "questions": 5, "updates": 100},
+    "questions": {**_steady, "data": _questions, "template": "brief", "updates": 1000},
+    "refine": {**_video, "data": _questions, "template": "brief", "updates": 1400},
 }
 
 train = {"threads": 1}  # tensors so small that a second thread costs more than it gives

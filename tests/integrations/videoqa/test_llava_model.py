@@ -163,6 +163,18 @@ def test_scores_are_those_of_the_loss(fresh, video):
     assert likely.loglikelihood / likely.tokens > scores[0].loglikelihood / scores[0].tokens
 
 
+def test_the_likeliest_choice_is_taken(fresh, video):
+    model, clips = fresh(), [video.numpy()[:3], video.numpy()[4:6]]
+    choices = ["no", "A square.", "yes"], ["two", "A circle moves.", "no", "yes"]
+    chosen = model.choose(QUESTIONS[:2], choices, clips)
+    for question, offered, clip, choice in zip(QUESTIONS, choices, clips, chosen, strict=False):
+        scores = model.score([question] * len(offered), offered, [clip] * len(offered))
+        assert choice == max(zip(scores, offered, strict=True), key=lambda x: x[0].loglikelihood)[1]
+    assert model.choose(QUESTIONS[:1], [["yes"]], clips[:1]) == ["yes"]
+    with pytest.raises(ValueError, match="prompt 1 has no choices"):
+        model.choose(QUESTIONS[:2], [["yes"], []], clips)
+
+
 # -- images ---------------------------------------------------------------------------------------
 
 

@@ -100,6 +100,38 @@ def test_answers_come_in_order_whatever_the_batches(load, videos, batch_size):
     assert len(set(said)) > 1  # or the order would not show
 
 
+@pytest.mark.parametrize("kind", [StreamformerLlava, StreamformerLlavaChat])
+def test_a_task_may_say_what_can_be_answered(load, videos, kind):
+    options = [["red", "green"], ["one", "two", "three"], ["left", "right"]]
+    docs = [{"video": path, "options": o} for path, o in zip(videos, options, strict=True)]
+    lm = load(kind, docs, batch_size=2)
+    guided = {**GREEDY, "guided_choice": "options"}
+    if kind is StreamformerLlava:
+        requests = [simple(n, "Which?", see, guided) for n in range(3)]
+    else:
+        requests = [chat(n, ask_of_video, guided) for n in range(3)]
+    chosen = lm.model.choose(["Which?"] * 3, options, videos)
+    assert lm.generate_until(requests) == chosen
+    free = [simple(n, "Which?", see) for n in range(3)]
+    assert load(docs=docs).generate_until(free) != chosen
+
+
+def ask_of_video(doc):
+    content = {"type": "video", "url": doc["video"]}, {"type": "text", "text": "Which?"}
+    return [{"role": "user", "content": list(content)}]
+
+
+def test_choices_that_are_none_are_refused(load, videos):
+    guided = {**GREEDY, "guided_choice": "options"}
+    for wrong in ("red", [], None):
+        lm = load(docs=[{"video": videos[0], "options": wrong}])
+        with pytest.raises(ValueError, match="t, document 0: guided_choice='options' must name"):
+            lm.generate_until([simple(0, "Which?", see, guided)])
+    lm = load(docs=[{"video": videos[0], "options": ["red"]}], stream="always")
+    with pytest.raises(ValueError, match="a stream is answered freely, .*use stream=never"):
+        lm.generate_until([simple(0, "Which?", see, guided)])
+
+
 def test_a_video_is_encoded_once_for_all_its_questions(load, videos):
     docs = [{"video": videos[i % 2]} for i in range(6)]
     lm = load(docs=docs, batch_size=2)
