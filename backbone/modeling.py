@@ -23,7 +23,7 @@ A heads, d = D / A, S frames that may be seen, F rows of the time table. Tokens 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -199,9 +199,9 @@ class SpatialAttention(Attention):
         batch, frames = tokens.shape[:2]
         qkv = self.qkv(tokens).flatten(0, 1)  # (B*T, N, 3D)
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        query, keys_values = qkv[0], qkv[1:]  # (B*T, A, N, d), (2, B*T, A, N, d)
+        query, *keys_values = qkv  # (B*T, A, N, d) each; a slice's backward would copy all three
         if plan.frame is not None:
-            keys_values = plan.frame.extend(layer, None, keys_values)
+            keys_values = plan.frame.extend(layer, None, qkv[1:])
         mixed = self.attend(query, *keys_values, mask=None, is_causal=False)  # (B*T, A, N, d)
         mixed = mixed.transpose(1, 2).flatten(2).unflatten(0, (batch, frames))
         return self.dropout(self.out(mixed))
@@ -214,25 +214,29 @@ class TemporalAttention(Attention):
         """Attend through time, ``(B, T, N, D)`` to ``(B, T, N, D)``."""
         qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim))
         qkv = qkv.permute(3, 0, 2, 4, 1, 5)  # (3, B, N, A, T, d)
-        query, keys_values = qkv[0], qkv[1:]
+        query, *keys_values = qkv
         if plan.step is not None and plan.step.blocks is not None:
-            mixed = self.mix_blocks(query, keys_values, plan, layer)
+            mixed = self.mix_blocks(query, qkv[1:], plan, layer)
         else:
             if plan.cache is not None:
-                keys_values = plan.cache.extend(layer, plan.step, keys_values)
+                keys_values = plan.cache.extend(layer, plan.step, qkv[1:])
             mixed = self.mix(query, keys_values, plan.mask, plan.is_causal)
         return self.dropout(self.out(mixed.transpose(1, 2)))
 
     def mix(
-        self, query: Tensor, keys_values: Tensor, mask: Tensor | None, is_causal: bool = False
+        self,
+        query: Tensor,
+        keys_values: Iterable[Tensor],
+        mask: Tensor | None,
+        is_causal: bool = False,
     ) -> Tensor:
-        """Queries ``(B, N, A, T, d)`` and keys and values ``(2, B, N, A, S, d)`` to tokens.
+        """Queries ``(B, N, A, T, d)``, keys and values ``(B, N, A, S, d)`` each, to tokens.
 
         Returns:
             ``(B, N, T, D)``.
         """
         batch, patches = query.shape[:2]
-        query, (key, value) = query.flatten(0, 1), keys_values.flatten(1, 2)  # (B*N, A, ., d)
+        query, key, value = (x.flatten(0, 1) for x in (query, *keys_values))  # (B*N, A, ., d)
         mixed = self.attend(query, key, value, mask, is_causal)  # (B*N, A, T, d)
         return mixed.transpose(1, 2).flatten(2).unflatten(0, (batch, patches))
 

@@ -302,7 +302,7 @@ class Container:
         self.reached = Fraction(0)  # end of the latest picture, in seconds
         self._last: Fraction | None = None  # its time
         self._decoded = 0  # pictures so far, for messages
-        self._met = Fraction(0)  # container's time up to which packets of any stream were met
+        self._met: dict[int, int] = {}  # stream -> end of its packets so far, in its own ticks
         self._container = self._connect()
         try:
             self._video = self._choose_stream()
@@ -340,6 +340,7 @@ class Container:
         rates = rates[::-1] if video.start_time is None else rates
         self.fps = next((Fraction(rate) for rate in rates if rate), None)
         self._nominal = 1 / self.fps if self.fps else Fraction(1, 25)
+        self._spans: dict[int | None, Fraction] = {}  # of the durations met
         exact = (self._nominal / self._tick).denominator == 1
         self.slack = Fraction(0) if exact else min(self._tick / 2, MOST_SLACK)
         self.num_frames = video.frames or None
@@ -355,7 +356,8 @@ class Container:
                 f"{self.name} has a video stream without any frame that can be decoded; "
                 "record or copy it again"
             )
-        self._origin = Fraction(0) if first.pts is None else first.pts * self._tick
+        self._zero = first.pts or 0  # in ticks
+        self._origin = self._zero * self._tick
         self._coded_size = (first.width, first.height)
         self._turn = _display_turn(first)
         self.width, self.height = first.width, first.height
@@ -376,16 +378,22 @@ class Container:
                     f"{frame.height} pixels after {self._coded_size[0]}x{self._coded_size[1]} "
                     "before; cut the video where its size changes, or convert it to one size"
                 )
-            time = None if frame.pts is None else frame.pts * self._tick - self._origin
+            time = None if frame.pts is None else (frame.pts - self._zero) * self._tick
             if self._last is None:
                 time = time or Fraction(0)
             elif time is None or time <= self._last:
                 time = self._last + self._nominal
-            span = frame.duration * self._tick if frame.duration else self._nominal
-            if abs(span - self._nominal) < self._tick:  # a coarse clock cuts durations
-                span = self._nominal
+            span = self._spans.get(frame.duration)  # fractions are exact, but slow
+            if span is None:
+                span = self._spans[frame.duration] = self._span(frame.duration)
             self._last, self.reached = time, time + span
             yield Picture(time, span, partial(self._rgb, frame))
+
+    def _span(self, ticks: int | None) -> Fraction:
+        """Seconds that a frame is shown."""
+        span = ticks * self._tick if ticks else self._nominal
+        coarse = abs(span - self._nominal) < self._tick  # the clock cuts durations
+        return self._nominal if coarse else span
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
         return self._turn.apply(frame.to_ndarray(format="rgb24"))
@@ -428,7 +436,9 @@ class Container:
             yield from self._delayed()
             yield None, f"reading stops ({_reason(error)})"
             return
-        missing = self._stated_end() - self._met
+        bases = [stream.time_base for stream in self._container.streams]
+        ends = [ticks * bases[stream] for stream, ticks in self._met.items()]
+        missing = self._stated_end() - max(ends, default=Fraction(0))
         if missing > max(LEAST_SHORTFALL, 3 * self._nominal):
             yield None, f"it ends {float(missing):.2f} s before the length that it states"
 
@@ -438,10 +448,11 @@ class Container:
         while True:
             try:
                 for packet in self._container.demux(*streams):
+                    number = packet.stream.index
                     if packet.pts is not None:
-                        end = (packet.pts + (packet.duration or 0)) * packet.time_base
-                        self._met = max(self._met, end)
-                    if packet.stream.index == self._video.index:
+                        end = packet.pts + (packet.duration or 0)
+                        self._met[number] = max(self._met.get(number, 0), end)
+                    if number == self._video.index:
                         yield packet
                 return
             except av.error.BlockingIOError:  # some devices answer "not yet" between pictures

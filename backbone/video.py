@@ -286,10 +286,11 @@ def _between(
     pictures: Iterator[Picture], start: Fraction, end: Fraction | None, slack: Fraction
 ) -> _Timed:
     """Every picture whose own time lies in [start, end)."""
+    first, last = start - slack, None if end is None else end - slack
     for picture in pictures:
-        if end is not None and picture.time + slack >= end:
+        if last is not None and picture.time >= last:
             return
-        if picture.time + slack >= start:
+        if picture.time >= first:
             yield picture.time, picture
 
 
