@@ -8,8 +8,8 @@ come back in the order of the requests.
 A video that is missing or cannot be read ends the evaluation with an error that names it. It is
 never answered for. Missing files are looked for before the first question is answered.
 
-A task whose generation settings name a field of its documents as ``guided_choice`` is answered by one
-of the texts that this field lists: the one that the model holds for the likeliest.
+Where a task's generation settings name a field of its documents as ``guided_choice``, the answer is
+one of the texts that this field lists: the one that the model holds for the likeliest.
 
 Arguments (``--model_args a=1,b=x``) are those of :class:`StreamformerLlava`; an unknown one is
 refused. Everything that changes an answer is an argument, so ``--use_cache`` keeps runs apart.
