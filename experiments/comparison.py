@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from experiments import config as configs
 from experiments.config import UserError, digest, flatten
-from experiments.environment import environment
+from experiments.environment import environment, jobs
 from experiments.report import build_report, publish, summarise
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,8 @@ def answer(
         preflight: ``(config, labels, seeds, folder)``, raises what would make the run fail later;
             ``labels`` are those of ``encoder_labels``.
         compare: ``(config, labels, seeds, folder, device) -> Comparison``; what it keeps in
-            ``folder`` serves the next call.
+            ``folder``, where everything lies, serves the next call. A label stands for a spec, or
+            for the name of a mini or released encoder.
 
     Returns:
         The report, which lies in ``--work-dir``, too.
@@ -186,6 +187,37 @@ def plan(
         for seed in seeds
         for label, encoder in encoders.items()
     ]
+
+
+def carry_out(
+    config: Mapping[str, Any],
+    encoders: Mapping[str, Mapping[str, Any]],
+    seeds: Iterable[int],
+    folder: Path,
+    run_one: Callable[[dict[str, Any], Path], dict[str, Any]],
+    device: str,
+) -> tuple[list[Run], dict[str, dict[int, dict[str, Any]]], list[str]]:
+    """Plan all runs, do what is not done, as many at a time as there is room for, and compare them.
+
+    Args:
+        config: as for ``plan``; ``train.threads`` are those of one run.
+        encoders: as for ``plan``.
+        seeds: as for ``plan``.
+        folder: as for ``plan``.
+        run_one: as for ``run_all``; picklable.
+        device: where they run.
+
+    Returns:
+        The runs, and what ``run_all`` returns.
+
+    Raises:
+        ComparisonError: they differ in more than the encoder, as asked for or as they ran.
+    """
+    runs = plan(config, encoders, seeds, folder)
+    at_once = jobs(config["train"]["threads"], device)
+    outcomes, difference = run_all(runs, run_one, at_once)
+    compare_as_run(runs)
+    return runs, outcomes, difference
 
 
 def compare_as_run(runs: Iterable[Run]) -> None:

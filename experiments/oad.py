@@ -26,10 +26,8 @@ from experiments.comparison import (
     ENCODER,
     STREAM,
     Comparison,
+    carry_out,
     common_details,
-    compare_as_run,
-    plan,
-    run_all,
 )
 from experiments.config import UserError, digest, field_defaults, load_config, sections
 from experiments.environment import bound_threads, choose_device, jobs
@@ -98,25 +96,15 @@ def compare(
     folder: Path,
     device: str,
 ) -> Comparison:
-    """Extract, train and evaluate for every encoder and seed; caches in ``folder`` are used.
-
-    Args:
-        config: from ``resolve``.
-        labels: label -> spec, or the name of a mini or released encoder.
-        seeds: of the heads.
-        folder: where everything lies.
-        device: where it runs.
-    """
+    """Extract, train and evaluate for every encoder and seed; see ``comparison.answer``."""
     bound_threads(config["train"]["threads"])
     source = prepare(config, labels, folder)
     encoders = {
         label: extract(label, spec, source, config, folder, device)
         for label, spec in source.encoders.items()
     }
-    runs = plan(config, encoders, seeds, folder)
     train = partial(run_one, data_root=source.root, folder=folder, device=device)
-    outcomes, difference = run_all(runs, train, jobs=jobs(config["train"]["threads"], device))
-    compare_as_run(runs)
+    _, outcomes, difference = carry_out(config, encoders, seeds, folder, train, device)
     details = _details(config, source, encoders, outcomes)
     return Comparison(source.title, outcomes, difference, details)
 

@@ -28,13 +28,11 @@ from experiments.comparison import (
     STREAM,
     Comparison,
     Run,
+    carry_out,
     common_details,
-    compare_as_run,
-    plan,
-    run_all,
 )
 from experiments.config import UserError, digest, field_defaults, load_config, sections
-from experiments.environment import bound_threads, choose_device, jobs
+from experiments.environment import bound_threads, choose_device
 from experiments.report import summarise
 
 logger = logging.getLogger(__name__)
@@ -114,25 +112,15 @@ def compare(
     folder: Path,
     device: str,
 ) -> Comparison:
-    """Encode, train and evaluate for every encoder and seed; caches in ``folder`` are used.
-
-    Args:
-        config: from ``resolve``.
-        labels: label -> spec, or the name of a mini or released encoder.
-        seeds: of adapter and head.
-        folder: where everything lies.
-        device: where it runs.
-    """
+    """Encode, train and evaluate for every encoder and seed; see ``comparison.answer``."""
     bound_threads(config["train"]["threads"])
     source = prepare(config, labels, folder)
     encoders = {
         label: describe(label, spec, source, config, folder, device)
         for label, spec in source.encoders.items()
     }
-    runs = plan(config, encoders, seeds, folder)
     train = partial(run_one, data_root=source.root, folder=folder, device=device)
-    outcomes, difference = run_all(runs, train, jobs=jobs(config["train"]["threads"], device))
-    compare_as_run(runs)
+    runs, outcomes, difference = carry_out(config, encoders, seeds, folder, train, device)
     draw_examples(runs, source, config, folder / "strip.png")
     return Comparison(source.title, outcomes, difference, _details(config, encoders, outcomes))
 

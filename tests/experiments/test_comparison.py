@@ -10,6 +10,7 @@ import pytest
 from backbone.files import write_json
 from experiments.comparison import (
     ComparisonError,
+    carry_out,
     compare_as_run,
     config_difference,
     encoder_labels,
@@ -164,6 +165,23 @@ def test_runs_are_compared_as_they_ran(tmp_path):
     write_json(run.folder / "resolved.json", {**found, "train": {"lr": 2}, "features": {"fps": 8}})
     with pytest.raises(ComparisonError, match=r"features.fps is 4 \(siglip\), 8 .*; train.lr is 1"):
         compare_as_run(runs)
+
+
+@pytest.mark.parametrize("slip", [0, 1])
+def test_carrying_out_plans_runs_and_compares(tmp_path, slip):
+    def work(config, folder):
+        found = {"train": {"lr": slip * len(config["encoder"]["spec"])}}
+        write_json(folder / "resolved.json", found)
+        return Task()(config, folder)
+
+    config = {**CONFIG, "train": {"threads": None}}
+    if slip:
+        with pytest.raises(ComparisonError, match=r"train.lr is 9 \(siglip\), 15 \(streamformer\)"):
+            carry_out(config, ENCODERS, [0, 1], tmp_path, work, "cpu")
+        return
+    runs, outcomes, difference = carry_out(config, ENCODERS, [0, 1], tmp_path, work, "cpu")
+    assert runs == plan(config, ENCODERS, [0, 1], tmp_path)
+    assert (outcomes, difference) == run_all(runs, Task())
 
 
 @pytest.mark.parametrize("key", ["encoders", "encoder_size", "train"])
