@@ -14,7 +14,7 @@ places in the label set, and none is kept free for the background.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -53,14 +53,12 @@ def read_youtube_vis(
     videos, things = fields(content, ("videos", "annotations"), str(annotations))
     label_set, numbers = number_categories(content, labels, name, str(annotations))
     found: dict[Any, list[tuple[int, Sequence]]] = {}
-    for i, thing in enumerate(listed(things, str(annotations), "annotations")):
-        where = f"{annotations}, annotation {_id(thing, i)}"
+    for where, thing in _items(things, "annotations", annotations):
         video, category, masks = fields(thing, ("video_id", "category_id", "segmentations"), where)
         number = numbers(category, where)
         found.setdefault(video, []).append((number, listed(masks, where, "segmentations")))
     entries, left_out = [], []
-    for i, video in enumerate(listed(videos, str(annotations), "videos")):
-        where = f"{annotations}, video {_id(video, i)}"
+    for where, video in _items(videos, "videos", annotations):
         key, files = fields(video, ("id", "file_names"), where)
         masks, size = found.pop(key, []), size_of(video, where)
         if not masks:
@@ -100,8 +98,7 @@ def read_coco(
     images, things = fields(content, ("images", "annotations"), str(annotations))
     label_set, numbers = number_categories(content, labels, name, str(annotations))
     found: dict[Any, list[tuple[int, Sequence]]] = {}
-    for i, thing in enumerate(listed(things, str(annotations), "annotations")):
-        where = f"{annotations}, annotation {_id(thing, i)}"
+    for where, thing in _items(things, "annotations", annotations):
         image, category, mask = fields(thing, ("image_id", "category_id", "segmentation"), where)
         number = numbers(category, where)
         if thing.get("iscrowd"):  # behind all things, so that these are seen
@@ -109,8 +106,7 @@ def read_coco(
         else:
             found.setdefault(image, []).append((number, [mask]))
     entries, left_out = [], []
-    for i, image in enumerate(listed(images, str(annotations), "images")):
-        where = f"{annotations}, image {_id(image, i)}"
+    for where, image in _items(images, "images", annotations):
         key, file = fields(image, ("id", "file_name"), where)
         masks, size = found.pop(key, []), size_of(image, where)
         if not masks:
@@ -219,8 +215,12 @@ def folder_of(files: Any, where: str) -> str:
     return folders.pop()
 
 
-def _id(item: Any, place: int) -> Any:
-    return item.get("id", f"at place {place}") if isinstance(item, Mapping) else f"at place {place}"
+def _items(values: Any, field: str, path: str | Path) -> Iterator[tuple[str, Any]]:
+    """The items of a list of the file, each behind what messages call it."""
+    for place, item in enumerate(listed(values, str(path), field)):
+        key = item.get("id") if isinstance(item, Mapping) else None
+        name = f"at place {place}" if key is None else key
+        yield f"{path}, {field.removesuffix('s')} {name}", item
 
 
 def _check_all_used(found: Mapping, field: str, items: str, path: str | Path) -> None:
