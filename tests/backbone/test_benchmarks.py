@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,3 +97,29 @@ def test_a_surveillance_clip(program, tmp_path, make_model):
         write(tmp_path / f"{name}.mp4", frames=32, size=32, seed=seed)
         files.append((tmp_path / f"{name}.mp4").read_bytes())
     assert files[0] == files[1] != files[2]
+
+
+def test_a_profile_tells_what_an_update_consists_of(program):
+    profiling = program("training_profile")
+    watch = profiling.Watch(skip=2, updates=3)
+    weight = torch.nn.Parameter(torch.eye(64))
+    optimizer = torch.optim.SGD([weight])
+    optimizer.register_step_post_hook(watch)
+    with pytest.raises(profiling.Finished):
+        while watch.done < 100:
+            (weight @ weight).softmax(-1)[0].exp().sum().backward()
+            optimizer.step()
+    assert watch.done == 8
+    kinds = {name: profiling.kind_of(name) for name in watch.operators}
+    assert kinds["mm"] == "products"
+    assert kinds["_softmax"] == kinds["_softmax_backward_data"] == "attention"
+    assert kinds["exp"] == kinds["add_"] == "other operators"
+    assert watch.seconds > 0
+    assert all(share >= 0 for share in watch.shares().values())
+
+
+def test_a_profile_wants_updates_in_its_own_process(program, monkeypatch):
+    profiling = program("training_profile")
+    monkeypatch.setattr("experiments.run.main", lambda verb: None)
+    with pytest.raises(SystemExit, match="oad: ended after 0 updates in this process; 80 are want"):
+        profiling.main(["oad"])
