@@ -28,7 +28,7 @@ _video = {
     "store_features": True,
     "batch_size": 8,
     "per_device": 8,
-    "lr": 2e-3,
+    "lr": 1.2e-3,
 }
 
 _captions = [{"json": "{root}/captions_train.json"}]
