@@ -37,8 +37,8 @@ _steady = {**_video, "schedule": "constant_with_warmup"}  # the rate falls in th
 
 stages = {
     "align": {**_steady, "data": _captions, "template": "plain", "questions": 5, "updates": 100},
-    "questions": {**_steady, "data": _questions, "template": "brief", "updates": 1000},
-    "refine": {**_video, "data": _questions, "template": "brief", "updates": 1400},
+    "questions": {**_steady, "data": _questions, "template": "brief", "updates": 800},
+    "refine": {**_video, "data": _questions, "template": "brief", "updates": 1100},
 }
 
 train = {"threads": 1}  # tensors so small that a second thread costs more than it gives
