@@ -49,7 +49,6 @@ class AdapterConfig:
         num_points: places that a head looks at.
         ffn_ratio: inner width of an extractor's feed-forward part, as a share of ``embed_dim``.
         extra_extractors: further ones after the last tap.
-        depths: of the four taps in an encoder, as shares of its layers, for :meth:`for_encoder`.
     """
 
     embed_dim: int
@@ -60,10 +59,8 @@ class AdapterConfig:
     num_points: int = 4
     ffn_ratio: float = 0.25
     extra_extractors: int = 2
-    depths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "depths", tuple(self.depths))  # JSON brings a list
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"adapter num_heads={self.num_heads} does not divide the encoder's width "
@@ -71,20 +68,14 @@ class AdapterConfig:
             )
         if int(self.embed_dim * self.ffn_ratio) < 1:
             raise ValueError(f"adapter ffn_ratio={self.ffn_ratio} of {self.embed_dim} is no width")
-        good = all(0 < depth <= 1 for depth in self.depths)
-        if not good or len(self.depths) != BLOCKS or list(self.depths) != sorted(self.depths):
-            raise ValueError(
-                f"adapter depths={self.depths}: needs {BLOCKS} ascending shares of the encoder's "
-                "layers, above 0 and at most 1"
-            )
         if len(self.taps) != BLOCKS or list(self.taps) != sorted(self.taps):
             raise ValueError(f"adapter taps={self.taps}: needs {BLOCKS} layers in ascending order")
 
     @classmethod
     def for_encoder(cls, encoder: VideoEncoder, **options: Any) -> AdapterConfig:
-        """The config for an encoder, tapped at ``depths``: by default at each quarter."""
+        """The config for an encoder, tapped at a quarter, half, three quarters and its end."""
         layers = encoder.num_layers
-        taps = tuple(math.ceil(layers * depth) for depth in options.get("depths", cls.depths))
+        taps = tuple(math.ceil(layers * (block + 1) / BLOCKS) for block in range(BLOCKS))
         sizes = {"embed_dim": encoder.embed_dim, "patch_size": encoder.patch_size, "taps": taps}
         return cls(**{**sizes, **options})
 

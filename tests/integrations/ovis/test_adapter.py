@@ -1,7 +1,6 @@
 """The ViT-Adapter: parity with the original, causality, odd encoders, gradients, refusals."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,13 +149,6 @@ def test_taps_of_an_encoder_are_those_of_the_original(whole):
     assert AdapterConfig.for_encoder(StreamformerEncoder(model), num_heads=4).taps == adapter.taps
 
 
-def test_an_encoder_is_tapped_at_the_depths_that_are_asked_for():
-    encoder = SimpleNamespace(num_layers=12, embed_dim=16, patch_size=4)
-    assert AdapterConfig.for_encoder(encoder, num_heads=4).taps == (3, 6, 9, 12)
-    late = AdapterConfig.for_encoder(encoder, num_heads=4, depths=[0.5, 1.0, 1.0, 1.0])
-    assert late.taps == (6, 12, 12, 12) and late.depths == (0.5, 1.0, 1.0, 1.0)
-
-
 @pytest.mark.golden
 def test_adapter_weights_survive_the_way_there_and_back(whole):
     _, tensors, _, adapter = whole
@@ -297,8 +289,5 @@ def test_refusals_name_what_does_not_fit():
         AdapterConfig.for_encoder(encoder, num_heads=5)
     with pytest.raises(ValueError, match=r"taps=\(2, 1, 3, 3\): needs 4 layers in ascending"):
         AdapterConfig.for_encoder(encoder, num_heads=4, taps=(2, 1, 3, 3))
-    for depths in ((1.0, 0.5, 1.0, 1.0), (0.0, 1.0, 1.0, 1.0), (1.0, 1.0)):
-        with pytest.raises(ValueError, match=r"depths=\(.*needs 4 ascending shares of the enc"):
-            AdapterConfig.for_encoder(encoder, num_heads=4, depths=depths)
     with pytest.raises(ValueError, match=r"ffn_ratio=0.01 of 16"):
         AdapterConfig.for_encoder(encoder, num_heads=4, ffn_ratio=0.01)
