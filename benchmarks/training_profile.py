@@ -1,10 +1,11 @@
 """Where an update of a training goes: matrix products, attention, other operators, the rest.
 
 Any verb that trains runs as the command line says, in this process, until its optimizer has made
-``--skip`` updates; then some are timed by themselves, some more under PyTorch's profiler, and the
-program ends. The rest is what is no operator of PyTorch: reading and augmenting videos where no
-worker does it, Python, matching. Mini encoders that are not in DIR yet would be trained first, and
-counted: let a verb make them there once, and profile one process and a seed that is new.
+``--skip`` updates; then some are timed as a whole, some more operator by operator, and the program
+ends. All is CPU time of this thread, so other work on the machine hardly blurs it. The rest is what
+is no operator of PyTorch: reading and augmenting videos where no worker does it, Python, matching.
+Mini encoders that are not in DIR yet would be trained first, and counted: let a verb make them
+there once, and profile one process and a seed that is new.
 
     python benchmarks/training_profile.py pretrain --work-dir DIR --set launch.processes=1
     python benchmarks/training_profile.py oad --work-dir DIR --seeds 7 --encoders streamformer
@@ -18,13 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_convolution", "convolution_backward")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 ATTENTION = ("_scaled_dot_product", "_softmax", "topk", "gather", "scatter", "grid_sampler")
 
 
@@ -32,22 +34,39 @@ class Finished(Exception):
     """All updates that were asked for have been watched."""
 
 
+class Stopwatch(TorchDispatchMode):
+    """While it is entered, adds up what each operator takes, backward passes included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Call the operator between two looks at the clock."""
+        begun = time.thread_time()
+        found = func(*args, **(kwargs or {}))
+        self.seconds[func.overloadpacket.__name__] += time.thread_time() - begun
+        return found
+
+
 class Watch:
     """Counts the updates of all optimizers, and watches some of them.
 
     Args:
-        skip: updates before the first that counts.
-        updates: that are timed, and again as many that are profiled.
+        skip: updates before the first that counts, at least 1.
+        updates: that are timed, and again as many whose operators are.
 
     Attributes:
-        seconds: CPU time of an update.
-        operators: CPU seconds of an update by operator, the longest first.
+        seconds: of an update.
+        operators: seconds of an update by operator, the longest first.
     """
 
     def __init__(self, skip: int, updates: int) -> None:
         self.skip, self.updates, self.done = skip, updates, 0
         self.seconds, self.operators = 0.0, {}
-        self._profile = profile(activities=[ProfilerActivity.CPU])
+        self._stopwatch = Stopwatch()
 
     def __call__(self, *step: object) -> None:
         """To be called after each update. Raises Finished after the last one."""
@@ -56,17 +75,15 @@ class Watch:
             self._begun = time.process_time()
         elif self.done == self.skip + self.updates:
             self.seconds = (time.process_time() - self._begun) / self.updates
-            self._profile.start()
+            self._stopwatch.__enter__()
         elif self.done == self.skip + 2 * self.updates:
-            self._profile.stop()
-            found = self._profile.key_averages()
-            times = {e.key: e.self_cpu_time_total / 1e6 / self.updates for e in found}
-            times = {k.removeprefix("aten::"): v for k, v in times.items() if "aten::" in k}
-            self.operators = dict(sorted(times.items(), key=lambda item: -item[1]))
+            self._stopwatch.__exit__(None, None, None)
+            times = self._stopwatch.seconds.most_common()
+            self.operators = {name: seconds / self.updates for name, seconds in times}
             raise Finished
 
     def shares(self) -> dict[str, float]:
-        """Of an update's CPU time; the profiler's own part may make them sum to more than 1."""
+        """Of an update; with little rest, the clock's own part may make them sum to more than 1."""
         sums = {"products": 0.0, "attention": 0.0, "other operators": 0.0}
         for name, seconds in self.operators.items():
             sums[kind_of(name)] += seconds / self.seconds
