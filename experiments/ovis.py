@@ -171,7 +171,8 @@ def preflight(
     problems += checks.disk(
         folder,
         parameters * 4 * checks.COPIES_ON_DISK * len(labels) * len(seeds)
-        + (checks.MINIWORLD_BYTES * 2 if "mini" in config else 0),
+        # tokens of patches of 4 pixels take more than all the rest
+        + (checks.MINIWORLD_BYTES * (1 + 2 * len(labels)) if "mini" in config else 0),
     )
     problems += checks.memory(parameters * 4 * checks.COPIES_IN_MEMORY)
     checks.refuse(problems)

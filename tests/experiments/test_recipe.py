@@ -48,6 +48,8 @@ def test_a_downstream_config_names_the_recipe_of_its_mini_encoders():
     own = recipe.mini({"config": "miniworld_instances", "optim": {"updates": 77}}, world)
     assert (own["model"]["num_frames"], own["optim"]["updates"]) == (8, 77)
     assert own["instances"]["camouflaged"] == 0.8 and "world" not in own
+    patches = [mini["mini_siglip"]["patch_size"] for mini in (common, own)]
+    assert patches == [8, 4], "masks of what is hidden end where tokens do"
     assert own["instances"]["seed"] != InstanceParams().seed, "nothing of ovis is trained on"
     with pytest.raises(UserError, match="no config 'miniwrld' for pretrain"):
         recipe.mini({"config": "miniwrld"}, world)
