@@ -551,7 +551,7 @@ def _plot_rows(
         furthest = max(row[name] for row in values.values())
         reach = max(reach, furthest)
         axes.annotate(
-            f"{gain:+.0f}" if better != base else f"{ends[0]:.0f}",
+            f"{round(gain):+d}" if better != base else f"{ends[0]:.0f}",
             (furthest, place),
             xytext=(9, 0),
             textcoords="offset points",

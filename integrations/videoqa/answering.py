@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from integrations.videoqa.frames import Sampling, VideoClip, read_video
@@ -28,7 +29,7 @@ from integrations.videoqa.prompts import (
     time_sentence,
     tokenize,
 )
-from integrations.videoqa.splice import IMAGE_TOKEN, splice, unpad
+from integrations.videoqa.splice import IMAGE_TOKEN, Spliced, splice, unpad
 
 # What `answer` and `score` take for a visual: a video or image file, decoded frames
 # (T, H, W, 3) uint8, an image, or tokens (n, H) that `encode_video` gave.
@@ -204,25 +205,57 @@ class Answering:
     ) -> list[str]:
         """Of each prompt's choices the likeliest, all its tokens and the stop taken together.
 
-        The first of equals. See `answer` for prompts and visuals.
+        The first of equals. A prompt is read once for all its choices. See `answer` for prompts
+        and visuals.
 
         Raises:
             ValueError: a prompt without choices.
         """
         if not all(choices):
             raise ValueError(f"prompt {[*map(bool, choices)].index(False)} has no choices")
-        seen = visuals or [None] * len(prompts)
-        rows = [
-            (prompt, choice, visual)
-            for prompt, offered, visual in zip(prompts, choices, seen, strict=True)
-            for choice in offered
-        ]
-        scores = iter(self.score(*zip(*rows, strict=True)))
-        chosen = []
-        for offered in choices:
-            likelihoods = [next(scores).loglikelihood for _ in offered]
-            chosen.append(offered[likelihoods.index(max(likelihoods))])
-        return chosen
+        template = get_template(self.config.template)
+        texts, tokens = self._prompts(prompts, visuals)
+        starts, tails, owners = [], [], []
+        for number, (text, offered) in enumerate(zip(texts, choices, strict=True)):
+            asked = tokenize(text, self._tokenizer)
+            rows = [
+                tokenize(text + template.before_reply + choice + template.stop, self._tokenizer)
+                for choice in offered
+            ]
+            common = min(shared_start(asked, row) for row in rows)
+            starts.append(torch.tensor(asked[:common], device=self._device))
+            tails += [torch.tensor(row[common:], device=self._device) for row in rows]
+            owners += [number] * len(rows)
+        batch = splice(starts, tokens, self.get_input_embeddings(), padding_side="left")
+        likely = self._continued(batch, torch.tensor(owners, device=self._device), tails)
+        split = likely.split([len(offered) for offered in choices])
+        return [offered[int(own.argmax())] for offered, own in zip(choices, split, strict=True)]
+
+    def _continued(self, batch: Spliced, owners: Tensor, tails: Sequence[Tensor]) -> Tensor:
+        """Log-likelihood ``(R,)`` of each tail of ids behind its owner, a row of the batch."""
+        read = self.language_model(
+            inputs_embeds=batch.inputs_embeds,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            logits_to_keep=1,
+            use_cache=True,
+        )
+        cache = read.past_key_values
+        cache.batch_select_indices(owners)
+        ids = pad_sequence(tails, batch_first=True)  # (R, S)
+        there = pad_sequence([torch.ones_like(tail) for tail in tails], batch_first=True)
+        before = batch.attention_mask[owners]  # (R, L)
+        places = before.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)
+        rest = self.language_model(
+            input_ids=ids,
+            attention_mask=torch.cat([before, there], dim=1),
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = torch.cat([read.logits[owners], rest.logits[:, :-1]], dim=1)  # (R, S, vocabulary)
+        each = logits.float().log_softmax(-1).gather(2, ids[..., None]).squeeze(2)
+        return each.masked_fill(there == 0, 0).sum(1)
 
     def _prompts(
         self,

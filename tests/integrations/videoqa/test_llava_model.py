@@ -170,6 +170,15 @@ def test_the_likeliest_choice_is_taken(fresh, video):
     for question, offered, clip, choice in zip(QUESTIONS, choices, clips, chosen, strict=False):
         scores = model.score([question] * len(offered), offered, [clip] * len(offered))
         assert choice == max(zip(scores, offered, strict=True), key=lambda x: x[0].loglikelihood)[1]
+    # Prompts of unequal lengths, one without a video; visuals are encoded and prompts read once.
+    asked, seen = [*QUESTIONS[:2], "A much longer question, of no video at all?"], [*clips, None]
+    words = ["red", "no no no", "blue", "A square moves.", "yes"]
+    offered = [words[n:] + words[:n] for n in range(3)]
+    for question, own, clip, choice in zip(
+        asked, offered, seen, model.choose(asked, offered, seen), strict=True
+    ):
+        scores = model.score([question] * 5, own, [clip] * 5)
+        assert choice == max(zip(scores, own, strict=True), key=lambda x: x[0].loglikelihood)[1]
     assert model.choose(QUESTIONS[:1], [["yes"]], clips[:1]) == ["yes"]
     with pytest.raises(ValueError, match="prompt 1 has no choices"):
         model.choose(QUESTIONS[:2], [["yes"], []], clips)
