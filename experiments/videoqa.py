@@ -35,10 +35,8 @@ from experiments.comparison import (
     STREAM,
     Comparison,
     Run,
+    carry_out,
     common_details,
-    compare_as_run,
-    plan,
-    run_all,
 )
 from experiments.config import UserError, digest, field_defaults, load_config
 from experiments.environment import bound_threads, choose_device, jobs
@@ -128,14 +126,7 @@ def compare(
     folder: Path,
     device: str,
 ) -> Comparison:
-    """Encode, train and evaluate for every encoder and seed; caches in ``folder`` are used.
-
-    Args:
-        config: from ``resolve``.
-        labels: label -> spec, or the name of a mini or released encoder.
-        seeds: of the models.
-        folder: where everything lies.
-        device: where it runs.
+    """Encode, train and evaluate for every encoder and seed; see ``comparison.answer``.
 
     Raises:
         UserError: lmms-eval failed; with the end of what it said.
@@ -148,13 +139,11 @@ def compare(
         label: describe(label, spec, source, config, seeds, folder, device)
         for label, spec in source.encoders.items()
     }
-    runs = plan(config, encoders, seeds, folder)
     train = partial(run_one, source=source, folder=folder, device=device)
     try:
-        outcomes, difference = run_all(runs, train, jobs=jobs(config["train"]["threads"], device))
+        runs, outcomes, difference = carry_out(config, encoders, seeds, folder, train, device)
     except EvaluationError as error:
         raise UserError(str(error)) from error
-    compare_as_run(runs)
     live = {run.label: watch(run, device) for run in runs if run.seed == seeds[0]}
     if source.tasks is not None:
         _offer(folder, source, runs)
