@@ -6,9 +6,10 @@
     …/{train,val,test}/JPEGImages/<video>/*.jpg   frames
 
 Categories are colours, and "hidden": objects made of the background's own texture, which one frame
-does not show and their motion does. An annotation also says the ``shape``, whether the object is
-``camouflaged``, and its ``way``: it stays, comes in or goes out through the border, or crosses
-another one, the later drawn on top. Splits come from seeds of their own and share nothing.
+does not show and their motion does, so that nothing of them is annotated in the first frame. An
+annotation also says the ``shape``, whether the object is ``camouflaged``, and its ``way``: it stays,
+comes in or goes out through the border, or crosses another one, the later drawn on top. Splits come
+from seeds of their own and share nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .writers import instance, write_json, write_still
 
 logger = logging.getLogger(__name__)
 
-INSTANCES_VERSION = 1  # raise it whenever rendering changes in any way
+INSTANCES_VERSION = 2  # raise it whenever rendering changes in any way
 SPLITS = ("train", "val", "test")
 CATEGORIES = {name: number for number, name in enumerate((*COLOURS, "hidden"), start=1)}
 VISIBLE = 12  # pixels: an object that never shows as many is not annotated
@@ -199,6 +200,7 @@ def _perform(plan: _Plan, params: InstanceParams, root: Path) -> tuple[dict, lis
     background = "grain" if hidden else rng.choice(list(TEXTURES))
     camera = Camera(params.frame_size, params.jitter, params.flicker, params.noise, scale=1.0)
     frames, masks = draw(plan.items, tracks, background, camera, pixels)
+    masks[[item.camouflaged for item in plan.items], 0] = False  # nothing shows them yet
     folder = root / plan.split / "JPEGImages" / plan.name
     folder.mkdir()
     files = [f"{plan.name}/{number:05d}.jpg" for number in range(params.frames)]

@@ -7,8 +7,9 @@ it was. They are frozen, so their tokens of every video are computed once and ke
 _base_ = ["_base.py"]
 
 # What differs from InstanceParams and WorldParams in experiments/miniworld; the mini encoders are
-# made by the recipe of configs/pretrain that ``config`` names, and what differs from it.
-instances = {}
+# made by the recipe of configs/pretrain that ``config`` names, and what differs from it. Test videos
+# of seed 0 were read by earlier recipes.
+instances = {"seed": 2, "test": 256}
 world = {}
 mini = {"config": "miniworld_instances"}
 
