@@ -7,9 +7,9 @@
 
 Categories are colours, and "hidden": objects made of the background's own texture, which one frame
 does not show and their motion does, so that nothing of them is annotated in the first frame. An
-annotation also says the ``shape``, whether the object is ``camouflaged``, and its ``way``: it stays,
-comes in or goes out through the border, or crosses another one, the later drawn on top. Splits come
-from seeds of their own and share nothing.
+annotation also says the ``shape``, whether the object is ``camouflaged``, and its ``way``: it
+stays, comes in or goes out through the border, or crosses another one, the later drawn on top.
+Splits come from seeds of their own and share nothing.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ it was. They are frozen, so their tokens of every video are computed once and ke
 _base_ = ["_base.py"]
 
 # What differs from InstanceParams and WorldParams in experiments/miniworld; the mini encoders are
-# made by the recipe of configs/pretrain that ``config`` names, and what differs from it. Test videos
-# of seed 0 were read by earlier recipes.
+# made by the recipe of configs/pretrain that ``config`` names, and what differs from it. Earlier
+# recipes read the test videos of seed 0.
 instances = {"seed": 2, "test": 256}
 world = {}
 mini = {"config": "miniworld_instances"}
