@@ -69,7 +69,7 @@ class InstanceParams:
     test: int = 128
     objects: tuple[int, int] = (1, 3)
     radius: tuple[float, float] = (9.0, 14.0)
-    speed: tuple[float, float] = (1.0, 2.5)
+    speed: tuple[float, float] = (2.0, 3.5)
     spin: float = 8.0
     camouflaged: float = 0.36
     borders: float = 0.25

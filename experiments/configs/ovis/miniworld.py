@@ -43,7 +43,7 @@ loss = {"num_points": 512}
 video = {"top_pairs": 10}
 
 train = {
-    "iterations": 800,
+    "iterations": 1200,
     "batch_size": 8,
     "lr": 2e-3,
     "rates": {"_delete_": True},  # adapter and head learn alike

@@ -17,7 +17,7 @@ instances = {"seed": 1, "train": 2048, "val": 64, "test": 0, "camouflaged": 0.8}
 
 model = {"num_frames": 8, "window": 8}
 
-optim = {"updates": 1400, "lr": 2e-3, "temporal_lr_scale": 3.0}
+optim = {"updates": 1600, "lr": 2e-3, "temporal_lr_scale": 3.0}
 
 run = {"image_size": 64}
 
