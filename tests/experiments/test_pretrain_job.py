@@ -234,7 +234,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(work, tmp_path):
         "run.checkpoint_every": 1,
         "run.keep_checkpoints": 100,
         "run.eval_every": 0,
-        "optim.updates": 16,
+        "optim.updates": 48,  # enough that none has ended when it is killed
     }
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     for place in (killed, straight):
