@@ -111,12 +111,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     try:
         run.main(verb)
     except Finished:
-        hook.remove()
+        pass
     else:
         raise SystemExit(
             f"{' '.join(verb)}: ended after {watch.done} updates in this process; "
             f"{options.skip + 2 * options.updates} are wanted: is it done, or in other processes?"
         )
+    finally:
+        hook.remove()  # or it would count the updates of whatever this process trains next
     print(f"an update: {1e3 * watch.seconds:.1f} ms of CPU time")
     for kind, share in watch.shares().items():
         print(f"  {kind:16}{share:7.1%}")

@@ -123,3 +123,6 @@ def test_a_profile_wants_updates_in_its_own_process(program, monkeypatch):
     monkeypatch.setattr("experiments.run.main", lambda verb: None)
     with pytest.raises(SystemExit, match="oad: ended after 0 updates in this process; 80 are want"):
         profiling.main(["oad"])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    for _ in range(200):
+        optimizer.step()  # watched no more
