@@ -304,7 +304,8 @@ class StreamformerLlava(lmms):
         if ended:
             return None, said, info
         taken = tuple(_as_visual(item, where) for item in visuals or ())
-        return Ask((text,), taken, settings, task, where), said, info
+        choices = _choices(settings, doc, where)
+        return Ask((text,), taken, settings, task, where, choices), said, info
 
     def _portions(self, requests: Sequence[Instance]) -> Iterator[dict[int, Ask]]:
         """Requests by their place, as asks: first all that name files, then those of images.
@@ -498,7 +499,8 @@ class StreamformerLlavaChat(StreamformerLlava):
         if ended:
             return None, said, info
         turns, visuals = _read_messages(messages, where)
-        return Ask(turns, visuals, settings, task, where), said, info
+        choices = _choices(settings, doc, where)
+        return Ask(turns, visuals, settings, task, where, choices), said, info
 
 
 def default_checkpoint() -> str:
