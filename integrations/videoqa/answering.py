@@ -172,14 +172,12 @@ class Answering:
         visuals: Sequence[Visual | Sequence[Visual] | None] | None = None,
     ) -> list[Score]:
         """How likely given answers are, each to its prompt; see `answer` for the others."""
-        template = get_template(self.config.template)
         texts, tokens = self._prompts(prompts, visuals)
         rows, tails = [], []  # whole rows, and how many tokens at their ends are the answer's
         for text, answer in zip(texts, answers, strict=True):
-            asked = tokenize(text, self._tokenizer)
-            row = tokenize(text + template.before_reply + answer + template.stop, self._tokenizer)
-            rows.append(torch.tensor(row, device=self._device))
-            tails.append(len(row) - shared_start(asked, row))
+            row, asked = self._answered(text, answer)
+            rows.append(row)
+            tails.append(len(row) - asked)
         batch = splice(rows, tokens, self.get_input_embeddings(), padding_side="left")
         longest = max(tails)
         logits = self.language_model(
@@ -213,23 +211,25 @@ class Answering:
         """
         if not all(choices):
             raise ValueError(f"prompt {[*map(bool, choices)].index(False)} has no choices")
-        template = get_template(self.config.template)
         texts, tokens = self._prompts(prompts, visuals)
         starts, tails, owners = [], [], []
         for number, (text, offered) in enumerate(zip(texts, choices, strict=True)):
-            asked = tokenize(text, self._tokenizer)
-            rows = [
-                tokenize(text + template.before_reply + choice + template.stop, self._tokenizer)
-                for choice in offered
-            ]
-            common = min(shared_start(asked, row) for row in rows)
-            starts.append(torch.tensor(asked[:common], device=self._device))
-            tails += [torch.tensor(row[common:], device=self._device) for row in rows]
+            rows, asked = zip(*(self._answered(text, choice) for choice in offered), strict=True)
+            common = min(asked)
+            starts.append(rows[0][:common])
+            tails += [row[common:] for row in rows]
             owners += [number] * len(rows)
         batch = splice(starts, tokens, self.get_input_embeddings(), padding_side="left")
         likely = self._continued(batch, torch.tensor(owners, device=self._device), tails)
         split = likely.split([len(offered) for offered in choices])
         return [offered[int(own.argmax())] for offered, own in zip(choices, split, strict=True)]
+
+    def _answered(self, text: str, answer: str) -> tuple[Tensor, int]:
+        """Ids of a prompt, its answer and the stop, and how many are the prompt's, unchanged."""
+        template = get_template(self.config.template)
+        row = tokenize(text + template.before_reply + answer + template.stop, self._tokenizer)
+        asked = shared_start(tokenize(text, self._tokenizer), row)
+        return torch.tensor(row, device=self._device), asked
 
     def _continued(self, batch: Spliced, owners: Tensor, tails: Sequence[Tensor]) -> Tensor:
         """Log-likelihood ``(R,)`` of each tail of ids behind its owner, a row of the batch."""

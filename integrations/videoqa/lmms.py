@@ -294,9 +294,10 @@ class StreamformerLlava(lmms):
         context, settings, doc_to_visual, doc_to_text, doc_id, task, split = request.args
         doc = self.task_dict[task][split][doc_id]
         where = f"{task}, document {doc_id}, round {number}"
+        choices = _choices(settings, doc, where)
         if number == 0:
             visuals = _visuals(doc_to_visual, doc, where)
-            return Ask((context,), visuals, settings, task, where), said, info
+            return Ask((context,), visuals, settings, task, where, choices), said, info
         visuals, text, ended, before, info = doc_to_text(
             doc, previous_output=list(said), round_idx=number, previous_round_info=info
         )
@@ -304,7 +305,6 @@ class StreamformerLlava(lmms):
         if ended:
             return None, said, info
         taken = tuple(_as_visual(item, where) for item in visuals or ())
-        choices = _choices(settings, doc, where)
         return Ask((text,), taken, settings, task, where, choices), said, info
 
     def _portions(self, requests: Sequence[Instance]) -> Iterator[dict[int, Ask]]:

@@ -271,8 +271,11 @@ def test_chat_models_point_to_the_simple_one(load):
 # -- rounds and streams ----------------------------------------------------------------------------
 
 
-def rounds_of(paths):
-    """A task that asks one question a round, about one more part of the video each."""
+QUESTIONS = ["Round 0?", "Round 1? [1]", "Round 2? [1, 2]"]
+
+
+def rounds_of(paths, kind, settings=GREEDY):
+    """A request that asks one of QUESTIONS a round, about one more part of the video each."""
 
     def doc_to_text(doc, previous_output=None, round_idx=None, previous_round_info=None):
         if round_idx == len(paths):
@@ -280,7 +283,19 @@ def rounds_of(paths):
         info = [*(previous_round_info or []), len(previous_output)]
         return [paths[round_idx]], f"Round {round_idx}? {info}", False, previous_output, info
 
-    return doc_to_text
+    def messages(doc, round_idx=None, previous_output=None, previous_round_info=None):
+        if round_idx is None:
+            return _turn(paths[0], QUESTIONS[0])
+        visuals, text, ended, before, info = doc_to_text(
+            doc, previous_output, round_idx, previous_round_info
+        )
+        return (None if ended else _turn(visuals[0], text)), ended, before, info
+
+    if kind.is_simple:
+        arguments = (QUESTIONS[0], dict(settings), lambda doc: [paths[0]], doc_to_text)
+    else:
+        arguments = ("", messages, dict(settings))
+    return _request("generate_until_multi_round", (*arguments, 0, "t", "test"))
 
 
 @pytest.fixture
@@ -292,33 +307,27 @@ def parts(tmp_path, pixels) -> list[str]:
 @pytest.mark.parametrize("stream", ["never", "always"])
 def test_several_rounds(load, parts, kind, stream):
     lm = load(kind, [{}], stream=stream, stream_fps=4)
-    ask = rounds_of(parts)
-    if kind.is_simple:
-        arguments = ("Round 0?", dict(GREEDY), lambda doc: [parts[0]], ask, 0, "t", "test")
-    else:
-
-        def messages(doc, round_idx=None, previous_output=None, previous_round_info=None):
-            if round_idx is None:
-                return _turn(parts[0], "Round 0?")
-            visuals, text, ended, before, info = ask(
-                doc, previous_output, round_idx, previous_round_info
-            )
-            return (None if ended else _turn(visuals[0], text)), ended, before, info
-
-        arguments = ("", messages, dict(GREEDY), 0, "t", "test")
-    (said,) = lm.generate_until_multi_round([_request("generate_until_multi_round", arguments)])
-    questions = ["Round 0?", "Round 1? [1]", "Round 2? [1, 2]"]
+    (said,) = lm.generate_until_multi_round([rounds_of(parts, kind)])
     if stream == "never":
         assert said == [
             lm.model.answer([q], [p], max_new_tokens=6)[0]
-            for q, p in zip(questions, parts, strict=True)
+            for q, p in zip(QUESTIONS, parts, strict=True)
         ]
         return
     assert lm.model.encoded_frames == 24  # each frame once, though the parts overlap
-    for question, answer, count in zip(questions, said, (8, 16, 24), strict=True):
+    for question, answer, count in zip(QUESTIONS, said, (8, 16, 24), strict=True):
         session = StreamingSession(lm.model, history="none")
         session.push(_pixels_of(parts[2])[:count])
         assert answer == session.ask(question, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("kind", [StreamformerLlava, StreamformerLlavaChat])
+def test_choices_hold_in_every_round(load, parts, kind):
+    options = ["red", "green", "one", "two", "left", "right"]
+    lm = load(kind, [{"options": options}])
+    request = rounds_of(parts, kind, {**GREEDY, "guided_choice": "options"})
+    (said,) = lm.generate_until_multi_round([request])
+    assert said == lm.model.choose(QUESTIONS, [options] * 3, parts)
 
 
 def _turn(path, text):
