@@ -10,7 +10,6 @@ models have random weights, which no figure here depends on.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     import torch
 
     from experiments.measuring import Row
-
-logger = logging.getLogger(__name__)
 
 ABOUT = """\
 Latency of the newest frame and memory against the length of a stream, for
@@ -169,9 +166,7 @@ def measure(config: Mapping[str, Any], device: str) -> dict[str, Any]:
 
     along = {}
     for name, way in ways.items():
-        logger.info("%s", name)
-        along[name] = measuring.along(way(), floor, options["lengths"], limits)
-    logger.info("streams side by side")
+        along[name] = measuring.along(way(), floor, options["lengths"], limits, name)
     compiled = compiles(config["run"]["compile"], device)
     streams = measuring.side_by_side(windowed, image, options["streams"], frames, limits, compiled)
     return {
@@ -224,7 +219,7 @@ def matrix_share(report: Mapping[str, Any], row: Row) -> float:
 
 def latency_table(report: Mapping[str, Any]) -> list[list[str]]:
     """Milliseconds of the newest frame by length, a row per way."""
-    return _by_length(report, lambda name, row: _milliseconds(row["milliseconds"]["median"]))
+    return _by_length(report, lambda name, row: _number(row["milliseconds"]["median"]))
 
 
 def ratio_table(report: Mapping[str, Any]) -> list[list[str]]:
@@ -248,9 +243,9 @@ def streams_table(report: Mapping[str, Any]) -> list[list[str]]:
         rows.append(
             [
                 str(row["streams"]),
-                _milliseconds(step),
-                _milliseconds(step / row["streams"]),
-                f"{row['frames_per_second']:.0f}",
+                _number(step),
+                _number(step / row["streams"]),
+                _number(row["frames_per_second"]),
                 _megabytes(_total(row, report["weight_bytes"])),
                 f"{matrix_share(report, row):.0%}",
             ]
@@ -270,7 +265,8 @@ def _total(row: Row, weights: int) -> int:
     return weights + row["kept_bytes"] + row["working_bytes"]
 
 
-def _milliseconds(value: float) -> str:
+def _number(value: float) -> str:
+    """Three digits."""
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
@@ -293,13 +289,13 @@ def _headline(report: Mapping[str, Any]) -> str:
 
 
 def _left_out(report: Mapping[str, Any]) -> list[str]:
-    """Why numbers are missing, a sentence each."""
+    """Why numbers are missing, a sentence for each way: where one is, all beyond it are."""
     found = []
-    rows = {**report["along"], "side by side": report["streams"]}
-    for name, row in ((name, row) for name, some in rows.items() for row in some):
-        if "left_out" in row:
-            what = f"{row['streams']} streams" if "streams" in row else f"{row['frames']} frames"
-            found.append(f"{name}, {what}: left out, {row['left_out']}")
+    for name, rows in {**report["along"], "side by side": report["streams"]}.items():
+        first = next((row for row in rows if "left_out" in row), None)
+        if first is not None:
+            unit = "streams" if "streams" in first else "frames"
+            found.append(f"{name}, {first[unit]} {unit} and more: left out, {first['left_out']}")
     return found
 
 
@@ -307,7 +303,7 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
     """What the tables do not say."""
     floor, device = report["floor"], report["device"].partition(":")[0]
     return [
-        f"{FLOOR}: {_milliseconds(floor['milliseconds']['median'])} ms, "
+        f"{FLOOR}: {_number(floor['milliseconds']['median'])} ms, "
         f"{floor['operations'] / 1e9:.3g} GFLOP; a step with a full window: "
         f"{report['operations'] / 1e9:.3g} GFLOP",
         f"matrix rate, measured in this run: {report['matrix_rate'] / 1e12:.3g} TFLOP/s in "

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from backbone import (
@@ -243,7 +244,11 @@ class Limits:
 
 
 def along(
-    way: Recompute | Streamed, floor: Callable[[], object], lengths: Sequence[int], limits: Limits
+    way: Recompute | Streamed,
+    floor: Callable[[], object],
+    lengths: Sequence[int],
+    limits: Limits,
+    title: str = "lengths",
 ) -> list[Row]:
     """Measure a way where its stream has reached each of ``lengths``.
 
@@ -252,6 +257,7 @@ def along(
         floor: SigLIP on one frame.
         lengths: in frames, the newest one included, rising.
         limits: of each length; the frames before the newest one count as well.
+        title: of the progress bar.
 
     Returns:
         A row per length: ``frames``, and what :func:`at` says or the reason why it was
@@ -267,7 +273,7 @@ def along(
         way.reach(length)
         return at(way, floor, limits)
 
-    return _rising("frames", lengths, measure, forecast, limits)
+    return _rising("frames", tqdm(lengths, title, unit="length"), measure, forecast, limits)
 
 
 def side_by_side(
@@ -304,27 +310,30 @@ def side_by_side(
         way = (Compiled if compiled else Streamed)(encoder, newest, first.state)
         return at(way, partial(image.encode, newest), limits)
 
-    return _rising("streams", counts, measure, forecast, limits)
+    bar = tqdm(counts, "streams side by side", unit="batch")
+    return _rising("streams", bar, measure, forecast, limits)
 
 
 def _rising(
     name: str,
-    values: Sequence[int],
+    bar: tqdm[int],
     measure: Callable[[int], Row],
     forecast: Callable[[int, Row], tuple[float, float]],
     limits: Limits,
 ) -> list[Row]:
     """A row per value, until ``forecast`` (seconds, bytes) or the GPU says that it is too much."""
     rows: list[Row] = []
-    for place, value in enumerate(values):
-        reason = limits.refuse(*forecast(value, rows[-1])) if rows else None
+    reason = None
+    for value in bar:
+        if reason is None and rows:
+            reason = limits.refuse(*forecast(value, rows[-1]))
         if reason is None:
             try:
                 rows.append({name: value, **measure(value)})
                 continue
             except torch.OutOfMemoryError:
                 reason = "out of memory"
-        return rows + [{name: left, "left_out": reason} for left in values[place:]]
+        rows.append({name: value, "left_out": reason})
     return rows
 
 

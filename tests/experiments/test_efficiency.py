@@ -235,8 +235,9 @@ def test_left_out_numbers_are_dashes_and_are_explained(tmp_path, capsys):
     report = ask("--work-dir", tmp_path, *small(longest=0.0))
     assert [len(rows) for rows in report["along"].values()] == [3] * 4
     text = capsys.readouterr().out
-    assert "causal, recomputed, 20 frames: left out, longer than 0 s" in text
-    assert "side by side, 2 streams: left out, longer than 0 s" in text
+    assert "causal, recomputed, 8 frames and more: left out, longer than 0 s" in text
+    assert "side by side, 2 streams and more: left out, longer than 0 s" in text
+    assert text.count("left out") == 5
     assert "nan" not in text
 
 
