@@ -358,21 +358,24 @@ def _tables(report: Mapping[str, Any]) -> dict[str, list[list[str]]]:
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
     """Latency and memory over the length of the stream, throughput over streams side by side."""
+    measured: set[int] = set()
     with picture(path, report["title"], (15, 5), columns=3) as (latency, memory, streams):
         for place, (name, rows) in enumerate(report["along"].items()):
             shown = [row for row in rows if "left_out" not in row]
             lengths = [row["frames"] for row in shown]
-            style = {"color": WAY_COLOURS[place], "label": name, "zorder": 3}
+            measured.update(lengths)
+            style = {"color": WAY_COLOURS[place], "zorder": 3}
             style |= {"linewidth": 6 if place == 0 else 2, "markersize": 9 if place == 0 else 6}
-            latency.plot(lengths, [row["milliseconds"]["median"] for row in shown], "o-", **style)
+            times = [row["milliseconds"]["median"] for row in shown]
+            latency.plot(lengths, times, "o-", label=name, **style)
             totals = [_total(row, report["weight_bytes"]) / 1e6 for row in shown]
-            memory.plot(lengths, totals, "o-", **style)
+            memory.plot(lengths, totals, "o-", **style)  # the same ways: one legend does
         floor = {"color": COLOURS["siglip"], "linewidth": 1.8, "linestyle": (0, (4, 3))}
         latency.axhline(report["floor"]["milliseconds"]["median"], label=FLOOR, **floor)
         memory.axhline(report["weight_bytes"] / 1e6, label="weights alone", **floor)
         _plot_streams(streams, report)
         for axes, quantity in ((latency, "milliseconds"), (memory, "megabytes")):
-            _scale(axes, report["config"]["measure"]["lengths"], "log")
+            _scale(axes, sorted(measured), "log")
             axes.set_xlabel("frames of the stream so far")
             axes.set_ylabel(quantity)
         latency.set_title("Latency of the newest frame", loc="left", fontsize=10.5)
@@ -399,7 +402,7 @@ def _scale(axes: Any, ticks: Sequence[int], vertical: str) -> None:
     from matplotlib.ticker import LogLocator
 
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.set_xticks(ticks, [str(n) if n % 1024 else f"{n // 1024}k" for n in ticks])
     axes.set_yscale(vertical)
     if vertical == "log":
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
