@@ -459,6 +459,7 @@ def _plot_metrics(axes: Any, report: Mapping[str, Any]) -> None:
     names = list(next(iter(metrics.values())))
     colours = colours_of(list(metrics))
     width = 0.8 / len(metrics)
+    narrow = len(metrics) > 4 or len(metrics) * len(names) > 15  # for a number above each
     for place, (label, values) in enumerate(metrics.items()):
         for group, name in enumerate(names):
             x = group + (place - (len(metrics) - 1) / 2) * width
@@ -482,7 +483,7 @@ def _plot_metrics(axes: Any, report: Mapping[str, Any]) -> None:
                 xytext=(0, 7),
                 textcoords="offset points",
                 ha="center",
-                rotation=90 if len(metrics) > 4 else 0,  # of narrow bars
+                rotation=90 if narrow else 0,
                 fontweight="bold",
             )
     for group, name in enumerate(names):
@@ -500,7 +501,7 @@ def _plot_metrics(axes: Any, report: Mapping[str, Any]) -> None:
     axes.set_xticks(range(len(names)), [report.get("titles", {}).get(n, n) for n in names])
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel("points")
-    axes.margins(y=0.12)
+    axes.margins(y=0.2 if narrow else 0.12)
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=FAINT, linewidth=0.6, zorder=0)
     axes.set_title(_subtitle(report), loc="left", fontsize=10.5)
