@@ -127,7 +127,12 @@ def take_turns(
     """Seconds of ``repeats`` calls of each; they take turns, so that a busy machine slows all.
 
     With one thread it is CPU time, which a busy machine hardly blurs.
+
+    Raises:
+        SystemExit: too few repeats to tell quartiles of; before anything is called.
     """
+    if repeats < 2:
+        raise SystemExit(f"--repeats {repeats}: quartiles want 2 or more")
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warm_up + repeats):

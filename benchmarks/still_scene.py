@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--fps", type=float, default=8, help="frames per second read (8)")
     parser.add_argument("--frames", type=int, default=48, help="frames (48)")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.0])
-    parser.add_argument("--repeats", type=int, default=3, help="turns, at least 2 (3)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns that are timed (3)")
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch (2)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

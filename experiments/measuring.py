@@ -17,7 +17,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -316,7 +316,7 @@ def side_by_side(
 
 def _rising(
     name: str,
-    bar: tqdm[int],
+    values: Iterable[int],
     measure: Callable[[int], Row],
     forecast: Callable[[int, Row], tuple[float, float]],
     limits: Limits,
@@ -324,7 +324,7 @@ def _rising(
     """A row per value, until ``forecast`` (seconds, bytes) or the GPU says that it is too much."""
     rows: list[Row] = []
     reason = None
-    for value in bar:
+    for value in values:
         if reason is None and rows:
             reason = limits.refuse(*forecast(value, rows[-1]))
         if reason is None:

@@ -175,7 +175,7 @@ class Answering:
         texts, tokens = self._prompts(prompts, visuals)
         rows, tails = [], []  # whole rows, and how many tokens at their ends are the answer's
         for text, answer in zip(texts, answers, strict=True):
-            row, asked = self._answered(text, answer)
+            (row,), (asked,) = self._answered(text, [answer])
             rows.append(row)
             tails.append(len(row) - asked)
         batch = splice(rows, tokens, self.get_input_embeddings(), padding_side="left")
@@ -214,7 +214,7 @@ class Answering:
         texts, tokens = self._prompts(prompts, visuals)
         starts, tails, owners = [], [], []
         for number, (text, offered) in enumerate(zip(texts, choices, strict=True)):
-            rows, asked = zip(*(self._answered(text, choice) for choice in offered), strict=True)
+            rows, asked = self._answered(text, offered)
             common = min(asked)
             starts.append(rows[0][:common])
             tails += [row[common:] for row in rows]
@@ -224,12 +224,16 @@ class Answering:
         split = likely.split([len(offered) for offered in choices])
         return [offered[int(own.argmax())] for offered, own in zip(choices, split, strict=True)]
 
-    def _answered(self, text: str, answer: str) -> tuple[Tensor, int]:
-        """Ids of a prompt, its answer and the stop, and how many are the prompt's, unchanged."""
+    def _answered(self, text: str, answers: Sequence[str]) -> tuple[list[Tensor], list[int]]:
+        """For each answer the ids of prompt, answer and stop, and how many stay the prompt's."""
         template = get_template(self.config.template)
-        row = tokenize(text + template.before_reply + answer + template.stop, self._tokenizer)
-        asked = shared_start(tokenize(text, self._tokenizer), row)
-        return torch.tensor(row, device=self._device), asked
+        asked = tokenize(text, self._tokenizer)
+        rows = [
+            tokenize(text + template.before_reply + answer + template.stop, self._tokenizer)
+            for answer in answers
+        ]
+        shared = [shared_start(asked, row) for row in rows]
+        return [torch.tensor(row, device=self._device) for row in rows], shared
 
     def _continued(self, batch: Spliced, owners: Tensor, tails: Sequence[Tensor]) -> Tensor:
         """Log-likelihood ``(R,)`` of each tail of ids behind its owner, a row of the batch."""

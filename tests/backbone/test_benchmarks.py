@@ -68,6 +68,11 @@ def test_a_step_at_several_windows():
     assert all(row["ratios"]["step / floor"]["median"] > 0 for row in rows)
 
 
+def test_too_few_repeats_are_refused_before_the_first(program):
+    with pytest.raises(SystemExit, match="--repeats 1: quartiles want 2 or more"):
+        program("floor").take_turns({"never": pytest.fail}, repeats=1)
+
+
 def test_layers_whose_keys_and_values_fit(program):
     fitting = program("streaming_step").layers_that_fit
     layer = 3 * 1024 * 2 * 196 * 768 * 4  # bytes at window 1,024: the step's and both floors'
